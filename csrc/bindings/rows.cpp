@@ -1,0 +1,195 @@
+// Row operators: quantize, dequantize, fake_quantize (+ backward), pack_int4, unpack_int4.
+#include "cpu/rows.h"
+
+#include <cstring>
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/int4_rows.h"
+
+namespace llmqat::bindings {
+namespace {
+
+// The rows of a tensor for quantization: whole last dimensions, or group_size slices of them.
+struct Rows {
+  int64_t count;
+  int64_t length;
+};
+
+Rows rows_of(const Tensor& x, int64_t group_size, const char* name) {
+  check_min_dim(x, 1, name);
+  const int64_t columns = x.size(x.dim() - 1);
+  const int64_t length = check_group_size(group_size, columns, "group_size");
+  if (length > 0) return {x.numel() / length, length};
+  // Empty rows still have a scale each: count them by the other dimensions.
+  int64_t count = group_size == -1 ? 1 : 0;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
+  return {count, 0};
+}
+
+std::vector<int64_t> scale_sizes(const Tensor& x, int64_t group_size) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  const int64_t columns = sizes.back();
+  sizes.pop_back();
+  if (group_size != -1) sizes.push_back(columns / group_size);
+  return sizes;
+}
+
+std::tuple<Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, int64_t group_size,
+                                    bool bf16_scale) {
+  check_cpu(x_, "x");
+  check_bits(bits, "bits");
+  const Rows rows = rows_of(x_, group_size, "x");
+  const Tensor x = as_contiguous(x_);
+  Tensor codes = new_empty(x, sizes_of(x), ScalarType::Char);
+  Tensor scale = new_empty(x, scale_sizes(x, group_size), ScalarType::Float);
+  dispatch_float(x.scalar_type(), "x", [&](auto tag) {
+    using T = decltype(tag);
+    const T* in = data<T>(x);
+    int8_t* out = mutable_data<int8_t>(codes);
+    float* scales = mutable_data<float>(scale);
+    parallel_rows(rows.count, rows.length * (sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = r * rows.length;
+        scales[r] = cpu::quantize_row(in + at, rows.length, static_cast<int>(bits), bf16_scale,
+                                      out + at);
+      }
+    });
+  });
+  return {codes, scale};
+}
+
+Tensor dequantize(const Tensor& codes_, const Tensor& scale_, int64_t group_size,
+                  ScalarType dtype) {
+  check_cpu(codes_, "codes");
+  check_cpu(scale_, "scale");
+  check_dtype(codes_, ScalarType::Char, "codes");
+  check_dtype(scale_, ScalarType::Float, "scale");
+  const Rows rows = rows_of(codes_, group_size, "codes");
+  STD_TORCH_CHECK(sizes_of(scale_) == scale_sizes(codes_, group_size),
+                  "scale: expected the shape of codes without its last dimension",
+                  group_size == -1 ? "" : ", plus one of groups");
+  const Tensor codes = as_contiguous(codes_), scale = as_contiguous(scale_);
+  Tensor y = new_empty(codes, sizes_of(codes), dtype);
+  dispatch_float(dtype, "dtype", [&](auto tag) {
+    using T = decltype(tag);
+    const int8_t* in = data<int8_t>(codes);
+    const float* scales = data<float>(scale);
+    T* out = mutable_data<T>(y);
+    parallel_rows(rows.count, rows.length * (sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = r * rows.length;
+        cpu::dequantize_row(in + at, rows.length, scales[r], out + at);
+      }
+    });
+  });
+  return y;
+}
+
+Tensor fake_quantize(const Tensor& x_, int64_t bits, int64_t group_size,
+                     std::optional<double> /*ste_clip: only the gradient's*/, bool bf16_scale) {
+  check_cpu(x_, "x");
+  check_bits(bits, "bits");
+  const Rows rows = rows_of(x_, group_size, "x");
+  const Tensor x = as_contiguous(x_);
+  Tensor y = new_empty(x, sizes_of(x), x.scalar_type());
+  dispatch_float(x.scalar_type(), "x", [&](auto tag) {
+    using T = decltype(tag);
+    const T* in = data<T>(x);
+    T* out = mutable_data<T>(y);
+    parallel_rows(rows.count, rows.length * 2 * sizeof(T), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t at = r * rows.length;
+        cpu::fake_quantize_row(in + at, rows.length, static_cast<int>(bits), bf16_scale, out + at);
+      }
+    });
+  });
+  return y;
+}
+
+Tensor fake_quantize_backward(const Tensor& grad_, const Tensor& x_,
+                              std::optional<double> ste_clip) {
+  check_cpu(grad_, "grad");
+  check_cpu(x_, "x");
+  check_dtype(grad_, x_.scalar_type(), "grad");
+  STD_TORCH_CHECK(sizes_of(grad_) == sizes_of(x_), "grad: expected the shape of x");
+  const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_);
+  Tensor out = new_empty(grad, sizes_of(grad), grad.scalar_type());
+  dispatch_float(grad.scalar_type(), "grad", [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = data<T>(grad);
+    const T* values = data<T>(x);
+    T* to = mutable_data<T>(out);
+    parallel_rows(grad.numel(), 3 * sizeof(T), [&](int64_t begin, int64_t end) {
+      const int64_t n = end - begin;
+      if (ste_clip.has_value()) {
+        const float clip = static_cast<float>(*ste_clip);
+        cpu::mask_gradient(from + begin, values + begin, n, clip, to + begin);
+      } else {
+        std::memcpy(to + begin, from + begin, n * sizeof(T));
+      }
+    });
+  });
+  return out;
+}
+
+Tensor pack_int4(const Tensor& codes_) {
+  check_cpu(codes_, "codes");
+  check_dtype(codes_, ScalarType::Char, "codes");
+  const Rows rows = rows_of(codes_, -1, "codes");
+  const Tensor codes = as_contiguous(codes_);
+  std::vector<int64_t> sizes = sizes_of(codes);
+  const int64_t bytes = packed_size(rows.length);
+  sizes.back() = bytes;
+  Tensor packed = new_empty(codes, sizes, ScalarType::Byte);
+  const int8_t* in = data<int8_t>(codes);
+  uint8_t* out = mutable_data<uint8_t>(packed);
+  parallel_rows(rows.count, rows.length + bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      cpu::pack_row(in + r * rows.length, rows.length, out + r * bytes);
+    }
+  });
+  return packed;
+}
+
+Tensor unpack_int4(const Tensor& packed_, int64_t columns) {
+  check_cpu(packed_, "packed");
+  check_dtype(packed_, ScalarType::Byte, "packed");
+  const Rows rows = rows_of(packed_, -1, "packed");
+  STD_TORCH_CHECK(columns >= 0 && packed_size(columns) == rows.length, "columns: ", columns,
+                  " does not fit ", rows.length, " packed bytes a row");
+  const Tensor packed = as_contiguous(packed_);
+  std::vector<int64_t> sizes = sizes_of(packed);
+  sizes.back() = columns;
+  Tensor codes = new_empty(packed, sizes, ScalarType::Char);
+  const uint8_t* in = data<uint8_t>(packed);
+  int8_t* out = mutable_data<int8_t>(codes);
+  parallel_rows(rows.count, rows.length + columns, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      cpu::unpack_row(in + r * rows.length, columns, out + r * columns);
+    }
+  });
+  return codes;
+}
+
+}  // namespace
+}  // namespace llmqat::bindings
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
+  m.def("quantize(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)");
+  m.def("dequantize(Tensor codes, Tensor scale, int group_size, ScalarType dtype) -> Tensor");
+  m.def("fake_quantize(Tensor x, int bits, int group_size=-1, float? ste_clip=None,"
+        " bool bf16_scale=False) -> Tensor");
+  m.def("fake_quantize_backward(Tensor grad, Tensor x, float? ste_clip) -> Tensor");
+  m.def("pack_int4(Tensor codes) -> Tensor");
+  m.def("unpack_int4(Tensor packed, int columns) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&llmqat::bindings::quantize));
+  m.impl("dequantize", TORCH_BOX(&llmqat::bindings::dequantize));
+  m.impl("fake_quantize", TORCH_BOX(&llmqat::bindings::fake_quantize));
+  m.impl("fake_quantize_backward", TORCH_BOX(&llmqat::bindings::fake_quantize_backward));
+  m.impl("pack_int4", TORCH_BOX(&llmqat::bindings::pack_int4));
+  m.impl("unpack_int4", TORCH_BOX(&llmqat::bindings::unpack_int4));
+}

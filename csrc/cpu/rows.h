@@ -1,0 +1,29 @@
+// Row operators on the CPU: quantize, dequantize, fake_quantize and its backward.
+//
+// Math: docs/spec.md 1-6. Pointers need no alignment beyond their type's. T is float, llmqat::bf16 or
+// llmqat::fp16. Each function picks the instruction set by current_isa(); all give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "llmqat/quant_math.h"
+
+namespace llmqat::cpu {
+
+// One row of n values to n codes; returns the scale (spec 2-4). codes may be nullptr only if n == 0.
+template <class T>
+float quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, int8_t* codes);
+
+// n codes times one scale, cast to T (spec 5).
+template <class T>
+void dequantize_row(const int8_t* codes, int64_t n, float scale, T* out);
+
+// dequantize_row(quantize_row(x)) without storing the codes. out may be x.
+template <class T>
+void fake_quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, T* out);
+
+// out = |x| < clip ? grad : 0 (spec 6; a NaN x stops the gradient).
+template <class T>
+void mask_gradient(const T* grad, const T* x, int64_t n, float clip, T* out);
+
+}  // namespace llmqat::cpu

@@ -1,0 +1,98 @@
+"""The ``llmqat`` command: one subcommand per stage of the river.
+
+Each subcommand is a module of ``llmqat.commands`` with an ``Arguments`` dataclass (or several) and
+``run(...)``; it is imported only when it is used, so ``llmqat --help`` answers at once. Every
+subcommand takes ``--config FILE.yaml``: the file sets defaults, the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "generate-data": "let the teacher write its own training text",
+    "train": "quantization-aware training with logits distillation",
+    "eval": "perplexity of a full-precision, fake-quantized or packed model",
+    "export": "write a packed int4/int8 checkpoint (compressed-tensors layout)",
+    "generate": "generate text from a checkpoint with the quantized KV cache",
+    "info": "which backend runs each operator here, and why",
+    "demo": "the whole river on a small real model",
+}
+PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+
+
+def usage() -> str:
+    """The overview printed by ``llmqat --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "usage: llmqat COMMAND [options]\n\n" + "\n".join(lines) + "\n\nllmqat COMMAND --help shows its options."
+
+
+def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple[object, ...]:
+    """Parse ``argv`` into one instance of every dataclass of ``types``; ``--config FILE`` sets defaults.
+
+    Raises:
+        ValueError: unreadable YAML, or a key that no option has.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(list(types), prog=f"llmqat {command}", description=COMMANDS[command])
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is not None:
+        defaults = _read_yaml(path)
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(defaults) - known)
+        if unknown:
+            raise ValueError(f"--config {path}: unknown option {unknown[0]!r}; see llmqat {command} --help")
+        parser.set_defaults(**defaults)
+        for action in parser._actions:  # an option that the file sets is no longer required on the command line
+            action.required = action.required and action.dest not in defaults
+    *instances, _ = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    return tuple(instances)
+
+
+def _read_yaml(path: str) -> dict[str, object]:
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        data = yaml.safe_load(file) or {}
+    if not isinstance(data, dict):
+        raise ValueError(f"--config {path}: expected a mapping of options, got {type(data).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in data.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 failed with a one-line reason, 2 wrong usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        print(f"llmqat: unknown command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    import llmqat_kernels  # noqa: F401 - first: it sets passive OpenMP waiting before torch loads
+
+    try:
+        module = import_module(f"llmqat.commands.{command.replace('-', '_')}")
+        status = module.run(*parse_arguments(command, module.ARGUMENTS, rest))
+        return 0 if status is None else int(status)
+    except KeyboardInterrupt:
+        print(f"llmqat {command}: interrupted; what was written stays valid and the run can be resumed", file=sys.stderr)
+        return 130
+    except PLAIN_ERRORS as error:
+        if os.environ.get("LLMQAT_TRACEBACK"):
+            raise
+        print(f"llmqat {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""prepare and convert: the only place that swaps modules.
+
+    plain model --prepare(config)--> prepared (trains through quantization) --convert--> packed (holds codes)
+
+Both change the model in place and return it; both check everything first, so that an error leaves the model as it
+was. The model gets a config object of its own, whose `llmqat` entry records stage and settings for every writer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from llmqat.config import QATConfig
+from llmqat.errors import ConfigError
+from llmqat.models import compat
+from llmqat.models.families import Family, find_family, iter_blocks, iter_linears
+from llmqat.nn.attention import KVQuantizer, enable_kv_quantization
+from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
+from llmqat_kernels import SPEC_VERSION
+
+PREPARED = "prepared"
+PACKED = "packed"
+STATE_ATTRIBUTE = "llmqat_state"
+
+
+@dataclass(frozen=True)
+class State:
+    """What was done to a model: its stage (`prepared` or `packed`) and settings."""
+
+    stage: str
+    config: QATConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `llmqat` entry of config.json."""
+        return {"spec": SPEC_VERSION, "stage": self.stage, **self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> State:
+        """The inverse of :meth:`to_dict`; ConfigError on an unknown key, stage or specification version."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"llmqat: expected an object, got {type(values).__name__}")
+        fields = dict(values)
+        spec, stage = fields.pop("spec", None), fields.pop("stage", None)
+        if spec != SPEC_VERSION:
+            raise ConfigError(f"llmqat.spec: {str(spec)[:40]!r} is unknown; this version reads {SPEC_VERSION!r}")
+        if stage not in (PREPARED, PACKED):
+            raise ConfigError(f"llmqat.stage: {str(stage)[:40]!r} is unknown; expected {PREPARED!r} or {PACKED!r}")
+        return cls(stage, QATConfig.from_dict(fields))
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of a prepared or converted model; None for any other."""
+    state = getattr(model, STATE_ATTRIBUTE, None)
+    return state if isinstance(state, State) else None
+
+
+def prepare(model: nn.Module, config: QATConfig) -> nn.Module:
+    """Make a transformers LLaMA train through quantization, in place.
+
+    All seven linears of every block quantize weight and input, K and V are quantized as `config.kv_mode` says;
+    embeddings, norms, Q, softmax and the head stay as they are (LLM-QAT section 2.2). Parameters and their names are
+    unchanged.
+
+    Raises:
+        ConfigError: an unsupported model, one that is prepared already, or a layer that cannot be quantized.
+    """
+    if not isinstance(config, QATConfig):
+        raise ConfigError(f"config: expected a QATConfig, got {type(config).__name__}; use QATConfig.parse('4-8-4')")
+    family = find_family(model)
+    _refuse_changed(model)
+    linears = list(iter_linears(model, family))
+    for name, _, module in linears:
+        _check_linear(name, module, config)
+    compat.own_config(model)
+    for _, short, module in linears:
+        spec = LinearSpec.from_config(config, is_kv=short in family.kv_linears)
+        if spec.enabled:
+            QATLinear.adopt(module, spec)
+    _enable_serving_kv(model, family, config)
+    _set_state(model, State(PREPARED, config))
+    return model
+
+
+def convert(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
+    """Replace every prepared linear by its packed form, in place; codes and scales are those of the last forward.
+
+    With `config`, a plain model is prepared first: round-to-nearest quantization without training.
+
+    Raises:
+        ConfigError: not prepared and no `config`; converted already; `config` differs from the prepared one; a
+            setting without packed form (w_bits 16 or 32, kv_bits other than 4, 8, 16, 32); non-finite weights.
+    """
+    state = state_of(model)
+    if state is None:
+        if config is None:
+            raise ConfigError("model: not prepared; call prepare(model, config) first, or convert(model, config)")
+        config.check_packable()
+        find_family(model)
+    elif state.stage == PACKED:
+        raise ConfigError("model: already converted; save it with save_pretrained(model, dir)")
+    elif config is not None and config != state.config:
+        raise ConfigError(f"config: the model was prepared as {state.config.setting} with other settings; omit config")
+    else:
+        config = state.config
+        config.check_packable()
+    family = find_family(model)
+    for name, _, module in iter_linears(model, family):
+        if not bool(torch.isfinite(module.weight).all()):  # type: ignore[arg-type]
+            raise ConfigError(f"{name}: weight has NaN or infinite values; such a layer cannot be converted")
+    if state is None:
+        prepare(model, config)
+    for name, _, module in list(iter_linears(model, family)):
+        if not isinstance(module, QATLinear):
+            raise ConfigError(f"{name}: expected a QATLinear, found {type(module).__name__}; prepare a fresh model")
+        model.set_submodule(name, QuantizedLinear.from_qat(module))
+    _set_state(model, State(PACKED, config))
+    model.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
+    return model
+
+
+def swap_empty(model: nn.Module, config: QATConfig, bias_dtypes: Mapping[str, torch.dtype]) -> None:
+    """For loaders: make a meta model a converted one whose linears have buffers without data.
+
+    Args:
+        bias_dtypes: dtype of the bias of every linear that has one, by the linear's full name.
+    """
+    config.check_packable()
+    family = find_family(model)
+    compat.own_config(model)
+    with torch.device("meta"):
+        for name, short, module in list(iter_linears(model, family)):
+            _check_linear(name, module, config)
+            spec = LinearSpec.from_config(config, is_kv=short in family.kv_linears)
+            linear = QuantizedLinear.empty(
+                module.in_features, module.out_features, spec, bias_dtype=bias_dtypes.get(name)
+            )
+            model.set_submodule(name, linear.train(module.training))
+    _enable_serving_kv(model, family, config)
+    _set_state(model, State(PACKED, config))
+    model.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
+
+
+def _refuse_changed(model: nn.Module) -> None:
+    state = state_of(model)
+    if state is not None:
+        raise ConfigError(f"model: already {state.stage} ({state.config.setting}); prepare a fresh model")
+
+
+def _check_linear(name: str, module: nn.Module, config: QATConfig) -> None:
+    if type(module) is not nn.Linear:
+        raise ConfigError(f"{name}: expected a plain nn.Linear, found {type(module).__name__}; it would be skipped")
+    group = config.group_size
+    if config.weight.enabled and group != -1 and module.in_features % group:
+        raise ConfigError(f"group_size: {group} does not divide the {module.in_features} input columns of {name}")
+
+
+def _enable_serving_kv(model: nn.Module, family: Family, config: QATConfig) -> None:
+    if config.kv.enabled and config.kv_mode == "serving":
+        attentions = [block.get_submodule(family.attention) for _, block in iter_blocks(model, family)]
+        enable_kv_quantization(model, attentions, KVQuantizer(config.kv_bits, config.ste_clip))
+
+
+def _set_state(model: nn.Module, state: State) -> None:
+    setattr(model, STATE_ATTRIBUTE, state)
+    model.config.llmqat = state.to_dict()  # type: ignore[union-attr]
+
+
+def _refuse_plain_save(*_: object, **__: object) -> NoReturn:
+    # transformers would write tensors that any process without this package loads as random weights.
+    raise ConfigError("model: a converted model is saved with llmqat.save_pretrained(model, dir)")

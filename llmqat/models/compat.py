@@ -1,0 +1,84 @@
+"""The only file that relies on how transformers 5.x is built inside; checked on 5.17.0 and the newest 5.x."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llmqat.errors import ConfigError
+
+
+def sdpa_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The library's scaled-dot-product attention function."""
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Make `function` selectable by name, with the masks that sdpa gets. Repeating it is harmless."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Switch every attention module of the model to the registered function `name`."""
+    model.set_attn_implementation(name)
+    if attention_name(model) != name:
+        raise ConfigError(f"model: {type(model).__name__} did not accept attention {name}; it needs sdpa attention")
+
+
+def attention_name(model: nn.Module) -> str | None:
+    """The attention function that the model uses."""
+    return model.config._attn_implementation  # type: ignore[union-attr]
+
+
+def own_config(model: nn.Module) -> None:
+    """Give the model a config object that no other model shares.
+
+    `LlamaForCausalLM(teacher.config)` shares the teacher's config: without this, what prepare records (and the
+    attention function it selects) would change the teacher too.
+    """
+    shared = model.config
+    private = copy.deepcopy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = private
+
+
+def build_llama(fields: Mapping[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
+    """A LLaMA on the meta device (no weights allocated); its rotary tables are real, they are in no checkpoint.
+
+    Args:
+        fields: validated fields of `LlamaConfig`.
+    """
+    config = LlamaConfig(**fields)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config)
+    return model.eval()
+
+
+def tie_head(model: nn.Module) -> None:
+    """Share the embedding with the head where the config says so."""
+    model.tie_weights()
+
+
+def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
+    """A generation config from the JSON object of a checkpoint; raises ValueError or TypeError where it is malformed."""
+    return GenerationConfig.from_dict(dict(fields))
+
+
+def generation_fields(model: nn.Module) -> dict[str, Any] | None:
+    """The JSON object of a model's generation config, or None where it has none."""
+    config = getattr(model, "generation_config", None)
+    return None if config is None else config.to_diff_dict()

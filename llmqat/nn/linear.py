@@ -1,0 +1,315 @@
+"""The two linears of the method: trained (`QATLinear`) and packed (`QuantizedLinear`).
+
+Both compute spec 7 through `llmqat_kernels`, so for the same weights, inputs and dtype their outputs are equal
+bit for bit (with 16-bit activations both are float products of the same dequantized weight).
+
+Autocast: the operators do not know about it, so both modules cast a float input to the autocast dtype first, as
+`nn.Linear` does, and return that dtype. The weight is quantized from its own precision (fp32 masters), never from
+an autocast copy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import llmqat_kernels as qk
+from llmqat.config import QATConfig, QuantSpec
+from llmqat.errors import ConfigError
+
+_SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_BITS_OFF = 16
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What one linear does: weights [N, K] per row or group, inputs per token, and outputs per token.
+
+    `output` is the `paper` KV mode on k_proj and v_proj: the whole output row of a token, which holds all KV
+    heads before RoPE, is one row of `quantize` (spec 9).
+    """
+
+    weight: QuantSpec
+    activation: QuantSpec
+    output: QuantSpec = QuantSpec(_BITS_OFF)
+    ste_clip: float | None = None
+
+    @classmethod
+    def from_config(cls, config: QATConfig, *, is_kv: bool = False) -> LinearSpec:
+        """The linear of a model quantized by `config`; `is_kv` marks k_proj and v_proj."""
+        paper_kv = is_kv and config.kv_mode == "paper"
+        output = config.kv if paper_kv else QuantSpec(_BITS_OFF)
+        return cls(config.weight, config.activation, output, config.ste_clip)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the linear differs from a plain one."""
+        return self.weight.enabled or self.activation.enabled or self.output.enabled
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Precision to which weight scales are rounded."""
+        return _SCALE_DTYPES[self.weight.scale_dtype]
+
+    def describe(self) -> str:
+        """`W4A8`, with the group size and the output bits where there are any."""
+        text = f"W{self.weight.bits}A{self.activation.bits}"
+        if self.weight.group_size != -1:
+            text += f" g{self.weight.group_size}"
+        return text + (f" out{self.output.bits}" if self.output.enabled else "")
+
+
+def _autocast_input(x: Tensor) -> Tensor:
+    device = x.device.type
+    if x.is_floating_point() and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
+    if not spec.output.enabled:
+        return y
+    return qk.fake_quantize(y, spec.output.bits, ste_clip=spec.ste_clip)
+
+
+# Optimizers may write parameters without telling autograd (`p.data`, fused kernels of other packages), which
+# leaves the version counter alone. Every `Optimizer.step` therefore starts a new epoch, and old codes with it.
+_optimizer_epoch = 0
+
+
+def _next_epoch(*_: Any) -> None:
+    global _optimizer_epoch
+    _optimizer_epoch += 1
+
+
+_epoch_hook = register_optimizer_step_post_hook(_next_epoch)
+
+
+@dataclass(frozen=True)
+class _CachedCodes:
+    """Weight codes and what they were computed from."""
+
+    weight: weakref.ref[Tensor]
+    key: tuple[int, ...]
+    codes: Tensor
+    scale: Tensor
+
+
+class QATLinear(nn.Linear):
+    """An `nn.Linear` that trains through quantization; parameter names are unchanged (spec 6, 7).
+
+    The codes of the weight are computed once per value of the weight and shared by micro-batches, activation
+    checkpointing and backward. They are found stale by tensor, address, version counter and optimizer steps; after
+    writing through `weight.data` in any other way call :func:`clear_weight_cache`. While torch.compile traces,
+    nothing is cached.
+    """
+
+    spec: LinearSpec
+    _cached: _CachedCodes | None
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, spec: LinearSpec) -> QATLinear:
+        """Turn `linear` itself into a QATLinear: same object, parameters, hooks and names.
+
+        Raises:
+            ConfigError: not exactly an `nn.Linear`, or the group size does not divide its columns.
+        """
+        if type(linear) is not nn.Linear:
+            raise ConfigError(f"expected a plain nn.Linear, found {type(linear).__name__}")
+        group = spec.weight.group_size
+        if spec.weight.enabled and group != -1 and linear.in_features % group:
+            raise ConfigError(f"group_size: {group} does not divide the {linear.in_features} input columns")
+        linear.__class__ = cls
+        adopted: QATLinear = linear  # type: ignore[assignment]
+        adopted.spec = spec
+        adopted._cached = None
+        return adopted
+
+    def weight_codes(self) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec 3, 4)."""
+        weight = self.weight
+        if torch.compiler.is_compiling() or weight.is_meta or weight.is_inference():
+            return self._quantize_weight()
+        key = (_optimizer_epoch, weight._version, weight.data_ptr())
+        cached = self._cached
+        if cached is not None and cached.weight() is weight and cached.key == key:
+            return cached.codes, cached.scale
+        # Codes made under inference_mode could not be saved for a later backward.
+        with torch.inference_mode(False):
+            codes, scale = self._quantize_weight()
+        self._cached = _CachedCodes(weakref.ref(weight), key, codes, scale)
+        return codes, scale
+
+    def _quantize_weight(self) -> tuple[Tensor, Tensor]:
+        weight = self.spec.weight
+        return qk.quantize(
+            self.weight.detach(), weight.bits, group_size=weight.group_size, scale_dtype=self.spec.scale_dtype
+        )
+
+    def clear_cache(self) -> None:
+        """Forget the weight codes."""
+        self._cached = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x float [..., K] -> [..., N] in x's dtype (the autocast dtype under autocast)."""
+        spec = self.spec
+        x = _autocast_input(x)
+        if spec.weight.enabled and spec.activation.enabled:
+            codes, scale = self.weight_codes()
+            y = qk.qat_linear(
+                x,
+                self.weight,
+                self.bias,
+                w_bits=spec.weight.bits,
+                a_bits=spec.activation.bits,
+                group_size=spec.weight.group_size,
+                ste_clip=spec.ste_clip,
+                scale_dtype=spec.scale_dtype,
+                w_codes=codes,
+                w_scale=scale,
+            )
+        else:
+            y = self._float_forward(x)
+        return _quantize_output(y, spec)
+
+    def _float_forward(self, x: Tensor) -> Tensor:
+        """At most one operand is quantized: a float product of fake-quantized values."""
+        spec = self.spec
+        weight = self.weight
+        if spec.activation.enabled:
+            x = qk.fake_quantize(x, spec.activation.bits, ste_clip=spec.ste_clip)
+        elif spec.weight.enabled:
+            weight = qk.fake_quantize(
+                weight,
+                spec.weight.bits,
+                group_size=spec.weight.group_size,
+                ste_clip=spec.ste_clip,
+                scale_dtype=spec.scale_dtype,
+            ).to(x.dtype)
+        return F.linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.spec.describe()}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QATLinear:
+        self.clear_cache()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has another weight; a weak reference cannot be pickled.
+        return {**self.__dict__, "_cached": None}
+
+
+def clear_weight_cache(model: nn.Module) -> None:
+    """Forget the weight codes of every QATLinear, after writing weights behind autograd's back (`weight.data`)."""
+    for module in model.modules():
+        if isinstance(module, QATLinear):
+            module.clear_cache()
+
+
+class QuantizedLinear(nn.Module):
+    """A linear that holds codes instead of a weight; inference only (spec 7, 8).
+
+    Buffers: `weight_codes` int8 [N, K], or for 4 bits packed uint8 [N, ceil(K / 2)]; `weight_scale` fp32 [N] or
+    [N, K / group_size], which stays fp32 through `.to(dtype)`. `bias` is a parameter [N] or None.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, spec: LinearSpec, *, bias: Tensor | None, codes: Tensor, scale: Tensor
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.spec = spec
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_scale", scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, spec: LinearSpec, *, bias: Tensor | None = None
+    ) -> QuantizedLinear:
+        """From int8 codes [N, K] and scales fp32 [N] or [N, groups]; 4-bit codes are packed, two a byte."""
+        n, k = codes.shape
+        stored = qk.pack_int4(codes) if spec.weight.bits == 4 else codes
+        return cls(k, n, spec, bias=bias, codes=stored, scale=scale)
+
+    @classmethod
+    def from_qat(cls, linear: QATLinear) -> QuantizedLinear:
+        """The packed form of a trained linear: exactly the codes and scales that its forward uses.
+
+        Raises:
+            ConfigError: the weight has NaN or infinite values.
+        """
+        codes, scale = linear.weight_codes()
+        if not bool(torch.isfinite(scale).all()):
+            raise ConfigError("weight has NaN or infinite values; such a layer cannot be converted")
+        converted = cls.from_codes(codes.clone(), scale.clone(), linear.spec, bias=linear.bias)
+        converted.train(linear.training)
+        return converted
+
+    @classmethod
+    def empty(cls, in_features: int, out_features: int, spec: LinearSpec, *, bias_dtype: torch.dtype | None) -> QuantizedLinear:
+        """Buffers without data, on the default device (a loader's meta device); `bias_dtype` None for no bias."""
+        packed = spec.weight.bits == 4
+        columns = (in_features + 1) // 2 if packed else in_features
+        groups = () if spec.weight.group_size == -1 else (in_features // spec.weight.group_size,)
+        return cls(
+            in_features,
+            out_features,
+            spec,
+            bias=None if bias_dtype is None else torch.empty(out_features, dtype=bias_dtype),
+            codes=torch.empty((out_features, columns), dtype=torch.uint8 if packed else torch.int8),
+            scale=torch.empty((out_features, *groups), dtype=torch.float32),
+        )
+
+    def int8_codes(self) -> Tensor:
+        """Unpacked codes int8 [N, K]."""
+        if self.weight_codes.dtype == torch.uint8:
+            return qk.unpack_int4(self.weight_codes, self.in_features)
+        return self.weight_codes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] that the codes stand for (spec 5)."""
+        return qk.dequantize(self.int8_codes(), self.weight_scale, group_size=self.spec.weight.group_size, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x float [..., K] -> [..., N] in x's dtype (the autocast dtype under autocast)."""
+        spec = self.spec
+        y = qk.quantized_linear(
+            _autocast_input(x),
+            self.weight_codes,
+            self.weight_scale,
+            self.bias,
+            w_bits=spec.weight.bits,
+            a_bits=spec.activation.bits,
+            group_size=spec.weight.group_size,
+        )
+        return _quantize_output(y, spec)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec.describe()}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            # `.to(bfloat16)` is meant for the float tensors of a model; a rounded scale would be another grid.
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self

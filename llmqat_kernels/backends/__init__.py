@@ -1,0 +1,1 @@
+"""Backends: the same operator names, proven equal to ``spec/``."""

@@ -1,0 +1,22 @@
+"""The reference backend: the specification itself, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..schemas import SCHEMAS
+from ..spec import activation, attention, distillation, int4, linear, norm, quantize, rope, sampling
+
+_MODULES = (quantize, int4, linear, norm, activation, rope, attention, distillation, sampling)
+
+
+def _find(op: str) -> Callable[..., Any]:
+    for module in _MODULES:
+        function = getattr(module, op, None)
+        if function is not None and function.__module__ == module.__name__:
+            return function  # type: ignore[no-any-return]
+    raise LookupError(f"spec has no function for operator {op}")
+
+
+REFERENCE: dict[str, Callable[..., Any]] = {op: _find(op) for op in SCHEMAS}

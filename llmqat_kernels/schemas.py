@@ -1,0 +1,71 @@
+"""The one list of operators: name -> schema.
+
+Public operators live in the torch namespace ``llmqat::``; a native backend registers the same
+schema strings under ``llmqat_cpu::`` / ``llmqat_cuda::``. Shapes (spec paragraph in brackets):
+
+* rows: any tensor whose last dimension is the row; ``scale`` drops the last dimension, or replaces it
+  by the number of groups when ``group_size > 0``.                                       [1-6]
+* GEMM: ``y[M, N] = a[M, K] @ w[N, K].T``; ``w`` is int8 codes [N, K] or packed uint8 [N, ceil(K/2)]. [7, 8]
+* KV cache: ``k_codes, v_codes`` [S, Hkv, T, D] int8 (8 bit), [S, Hkv, T, D/2] uint8 (4 bit) or
+  [S, Hkv, T, D] float (16 bit); ``k_scale, v_scale`` fp32 [S, Hkv, T] (serving) or [S, T] (paper);
+  ``cos, sin`` [T, D/2]; ``slots, positions, lengths`` int64 [n].                          [9]
+"""
+
+SCHEMAS: dict[str, str] = {
+    # rows
+    "quantize": "(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)",
+    "dequantize": "(Tensor codes, Tensor scale, int group_size, ScalarType dtype) -> Tensor",
+    "fake_quantize": "(Tensor x, int bits, int group_size=-1, float? ste_clip=None, bool bf16_scale=False) -> Tensor",
+    "fake_quantize_backward": "(Tensor grad, Tensor x, float? ste_clip) -> Tensor",
+    "pack_int4": "(Tensor codes) -> Tensor",
+    "unpack_int4": "(Tensor packed, int columns) -> Tensor",
+    # linears
+    "int_matmul": "(Tensor a, Tensor w, int w_bits) -> Tensor",
+    "quantized_matmul": (
+        "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int w_bits, int group_size,"
+        " ScalarType dtype) -> Tensor"
+    ),
+    "quantized_linear": (
+        "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int w_bits, int a_bits, int group_size=-1) -> Tensor"
+    ),
+    "qat_linear": (
+        "(Tensor x, Tensor weight, Tensor w_codes, Tensor w_scale, Tensor? bias, int a_bits,"
+        " int group_size=-1, float? ste_clip=None) -> (Tensor, Tensor, Tensor)"
+    ),
+    "repack_weight": "(Tensor w, int w_bits) -> Tensor",
+    "repacked_matmul": (
+        "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size,"
+        " ScalarType dtype) -> Tensor"
+    ),
+    "float_matmul": "(Tensor x, Tensor w, Tensor? bias, int n) -> Tensor",
+    # producers: normalisation and activation fused with quantization
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm_quantize": (
+        "(Tensor x, Tensor weight, float eps, int bits, Tensor? residual=None) -> (Tensor, Tensor, Tensor)"
+    ),
+    "rms_norm_quantize_train": (
+        "(Tensor x, Tensor weight, float eps, int bits) -> (Tensor, Tensor, Tensor)"
+    ),
+    "silu_mul": "(Tensor gate, Tensor up) -> Tensor",
+    "silu_mul_quantize": "(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor)",
+    "silu_mul_quantize_train": "(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor, Tensor)",
+    # attention
+    "rope": "(Tensor x, Tensor cos, Tensor sin, Tensor positions) -> Tensor",
+    "rope_quantize_append": (
+        "(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_codes, Tensor(b!) k_scale,"
+        " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor slots, Tensor positions, int bits, bool pre_rope) -> ()"
+    ),
+    "attention_decode": (
+        "(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, Tensor cos, Tensor sin,"
+        " Tensor slots, Tensor lengths, float scaling, int bits, bool pre_rope) -> Tensor"
+    ),
+    # distillation and sampling
+    "distillation_loss": (
+        "(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, Tensor teacher_head,"
+        " Tensor? valid=None, int chunk_size=1024) -> (Tensor, Tensor, Tensor)"
+    ),
+    "sample": (
+        "(Tensor logits, Tensor record, Tensor step, Tensor greedy, int seed, float temperature=1.0, int top_k=0)"
+        " -> Tensor"
+    ),
+}

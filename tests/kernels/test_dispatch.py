@@ -1,0 +1,71 @@
+"""Backend selection: named backends never fall back, `auto` says what it chose."""
+
+import pytest
+import torch
+
+import llmqat_kernels as qk
+from llmqat_kernels import dispatch, native
+from llmqat_kernels.backends.reference import REFERENCE
+from llmqat_kernels.schemas import SCHEMAS
+
+
+def test_every_operator_has_schema_reference_and_fake():
+    from llmqat_kernels.ops import FAKES
+
+    assert set(SCHEMAS) == set(REFERENCE) == set(FAKES)
+    for op in SCHEMAS:
+        assert getattr(torch.ops.llmqat, op).default is not None
+
+
+def test_two_backends_are_collected():
+    """The shared `backend` fixture must really run on both backends wherever the library is built."""
+    from tests.conftest import BACKENDS
+
+    assert BACKENDS == ["reference", "cpu"]
+    if native.is_available():
+        missing = [c.op for c in dispatch.choices("cpu") if c.backend != "cpu"]
+        assert missing == []
+
+
+def test_use_backend_restores():
+    before = qk.current_backend()
+    with qk.use_backend("reference"):
+        assert qk.current_backend() == "reference"
+        assert dispatch.resolve("quantize", "cpu", "reference").backend == "reference"
+    assert qk.current_backend() == before
+
+
+def test_unknown_backend():
+    with pytest.raises(qk.InvalidArgument, match="backend"):
+        qk.use_backend("tpu")
+
+
+def test_missing_library_is_an_error_when_named(monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "no compiler was found")
+    with pytest.raises(qk.BackendUnavailable, match="no compiler was found"):
+        qk.use_backend("cpu")
+
+
+def test_a_backend_of_another_device_is_an_error():
+    with pytest.raises(qk.BackendUnavailable, match="cuda"):
+        dispatch.resolve("quantize", "cpu", "cuda")
+
+
+def test_auto_announces_a_fallback_once(monkeypatch, caplog):
+    dispatch.resolve.cache_clear()
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "the library is not built")
+    monkeypatch.setattr(dispatch, "_announced", set())
+    for op in ("quantize", "dequantize"):
+        assert dispatch.resolve(op, "cpu", "auto").backend == "reference"
+    assert len(caplog.records) == 1 and "not built" in caplog.text
+    dispatch.resolve.cache_clear()
+
+
+def test_reference_ignores_autocast(backend):
+    x, w = torch.randn(4, 64), torch.randn(8, 64)
+    codes, scale = qk.quantize(w, 4)
+    want = qk.quantized_linear(x, codes, scale, w_bits=4, a_bits=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(qk.quantized_linear(x, codes, scale, w_bits=4, a_bits=8), want)
