@@ -1,15 +1,15 @@
-"""Builds the native library of llmqat_kernels, and nothing else (the metadata is in pyproject.toml).
+"""Builds the native library of llmqat_kernels, and nothing else (metadata: pyproject.toml).
 
 Two files come out, both optional:
 
-* ``llmqat_kernels/_native.abi3.so``: every operator, bound through torch's stable ABI (torch >= 2.11).
+* ``llmqat_kernels/_native.abi3.so``: every operator, bound through torch's stable ABI (2.11).
   CPU sources need a C++20 compiler; CUDA sources are added when nvcc is found.
 * ``llmqat_kernels/_host...so``: a pybind11 module with build facts and heuristics, without torch.
 
 What cannot be built is left out, and the summary says why. Environment:
 
     LLMQAT_BUILD        auto (default) | cpu (no CUDA) | cuda (nvcc is a must) | none (Python only)
-    LLMQAT_FORCE_BUILD  1: fail instead of leaving something out
+    LLMQAT_FORCE_BUILD  1: fail instead of leaving something out (nvcc is a must only with cuda)
     LLMQAT_NVCC, CUDA_HOME, CXX, MAX_JOBS
 """
 
@@ -43,11 +43,11 @@ HOST_SOURCE = "csrc/bindings/host_module.cpp"
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the oldest torch that this library loads into
 CUDA_ARCHS = ("80", "90")  # SASS for A100 and H100, plus PTX of the last one
-# GCC 12 warns of uninitialized values inside its own AVX-512 headers (gcc bug 105593).
 CXX_FLAGS = (
     "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unused-parameter"
-    " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 ).split()
+# GCC 12 warns of uninitialized values inside its own AVX-512 headers (gcc bug 105593).
+GCC_FLAGS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 NVCC_FLAGS = (
     "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off"
     " -Xptxas -warn-spills,-Werror -Werror all-warnings"
@@ -73,7 +73,7 @@ class Nvcc:
 
 
 def run(command: list[str], what: str) -> str:
-    """Runs a command in the root of the source tree; returns its output, raises Missing if it fails."""
+    """Runs a command in the source tree and returns its output; raises Missing if it fails."""
     if os.environ.get("LLMQAT_VERBOSE"):
         print(shlex.join(command), flush=True)
     try:
@@ -88,11 +88,11 @@ def run(command: list[str], what: str) -> str:
     return output
 
 
-# ---- what is on this machine ----------------------------------------------------------------------
+# ---- what is on this machine ---------------------------------------------------------------------
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler as a command, able to compile C++20."""
+    """The C++ compiler as a command with its flags, able to compile C++20."""
     if os.environ.get("CXX"):
         command = shlex.split(os.environ["CXX"])
     else:
@@ -101,14 +101,17 @@ def find_compiler() -> list[str]:
             raise Missing(f"no C++ compiler: install one of {', '.join(HOST_COMPILERS)} or set CXX")
         command = [found[0]]
     run([*command, "-std=c++20", "-x", "c++", "-fsyntax-only", os.devnull], "C++20 check")
-    return command
+    is_clang = "clang" in run([*command, "--version"], "compiler version")
+    return [*command, *CXX_FLAGS, *(() if is_clang else GCC_FLAGS)]
 
 
 def find_torch() -> Torch:
     """The installed torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise Missing("torch is not importable here: install torch >= 2.11, then --no-build-isolation")
+        raise Missing(
+            "torch is not importable: install torch >= 2.11, then use --no-build-isolation"
+        )
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 11):
         raise Missing(f"torch {version} is too old: install torch >= 2.11")
@@ -164,7 +167,7 @@ def cudart_static(nvcc: Nvcc) -> Path:
     raise Missing(f"no libcudart_static.a under {nvcc.root} (wheel: nvidia-cuda-runtime)")
 
 
-# ---- compiling ------------------------------------------------------------------------------------
+# ---- compiling -----------------------------------------------------------------------------------
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -217,8 +220,8 @@ def sources(pattern: str) -> list[str]:
 def info_include(cxx: list[str], torch: Torch | None, nvcc: Nvcc | None) -> list[str]:
     """Writes build_info.h (a JSON string) into a folder of its own; returns the -I flag."""
     info = {
-        "compiler": run([*cxx, "--version"], "compiler version").splitlines()[0],
-        "cxx_flags": " ".join(CXX_FLAGS),
+        "compiler": run([cxx[0], "--version"], "compiler version").splitlines()[0],
+        "cxx_flags": " ".join(cxx[1:]),
         "torch": torch.version if torch else None,
         "torch_target": "2.11",
         "cuda": nvcc.version if nvcc else None,
@@ -237,14 +240,14 @@ def build_native(output: Path, nvcc: Nvcc | None) -> None:
     """CPU operators, bindings and, with nvcc, CUDA operators in one library without a PyInit."""
     cxx, torch = find_compiler(), find_torch()
     own = ["-Icsrc", "-Icsrc/include"]
-    flags = [*cxx, *CXX_FLAGS, *own, *info_include(cxx, torch, nvcc)]
+    flags = [*cxx, *own, *info_include(cxx, torch, nvcc)]
     binding = [
         *flags,
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         *(["-DUSE_CUDA", "-DLLMQAT_CUDA"] if nvcc else []),
         *("-isystem", str(torch.root / "include")),
     ]
-    jobs = [([*cxx, *CXX_FLAGS, *own], source) for source in sources("csrc/cpu/*.cpp")]
+    jobs = [([*cxx, *own], source) for source in sources("csrc/cpu/*.cpp")]
     for source in sources("csrc/bindings/*.cpp"):
         is_cuda = Path(source).name.startswith("cuda_")
         if source != HOST_SOURCE and (nvcc or not is_cuda):
@@ -276,13 +279,13 @@ def build_host(output: Path, nvcc: Nvcc | None) -> None:
         torch: Torch | None = find_torch()
     except Missing:
         torch = None
-    flags = [*cxx, *CXX_FLAGS, "-Icsrc", "-Icsrc/include", *info_include(cxx, torch, nvcc)]
+    flags = [*cxx, "-Icsrc", "-Icsrc/include", *info_include(cxx, torch, nvcc)]
     flags += ["-isystem", pybind11.get_include(), "-isystem", include]
     host_only = ["csrc/cpu/isa.cpp", HOST_SOURCE]
     link([*cxx, "-shared", *compile_all([(flags, source) for source in host_only])], output)
 
 
-# ---- setuptools -----------------------------------------------------------------------------------
+# ---- setuptools ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -307,7 +310,9 @@ class BuildNative(build_ext):
             nvcc = self._nvcc(mode, forced, report)
             built = [e for e in self.extensions if self._attempt(e, mode, forced, nvcc, report)]
         self.extensions[:] = built
-        print("\nllmqat_kernels native build\n" + "\n".join(f"  {line}" for line in report), flush=True)
+        print(
+            "\nllmqat_kernels native build", *(f"  {line}" for line in report), sep="\n", flush=True
+        )
 
     def _nvcc(self, mode: str, forced: bool, report: list[str]) -> Nvcc | None:
         if mode in ("cpu", "none"):
@@ -316,7 +321,8 @@ class BuildNative(build_ext):
         try:
             nvcc = find_nvcc()
         except Missing as problem:
-            if mode == "cuda" or (forced and os.environ.get("LLMQAT_NVCC")):
+            named = os.environ.get("LLMQAT_NVCC")
+            if mode == "cuda" or (forced and named):
                 raise SystemExit(f"llmqat_kernels: {problem}") from problem
             report.append(f"cuda          left out: {problem}")
             return None
@@ -329,10 +335,17 @@ class BuildNative(build_ext):
     ) -> bool:
         name = ext.name.rpartition(".")[2]
         output = Path(self.get_ext_fullpath(ext.name))
+        build = build_native if ext.name == NATIVE else build_host
         try:
             if mode == "none":
                 raise Missing("LLMQAT_BUILD=none")
-            (build_native if ext.name == NATIVE else build_host)(output.resolve(), nvcc)
+            try:
+                build(output.resolve(), nvcc)
+            except Missing as problem:
+                if nvcc is None or ext.name != NATIVE or mode == "cuda" or forced:
+                    raise
+                report.append(f"{name:<13} without CUDA, since with it: {problem}")
+                build(output.resolve(), None)
         except Missing as problem:
             if mode != "none" and (forced or (mode == "cuda" and ext.name == NATIVE)):
                 raise SystemExit(f"llmqat_kernels.{name}: {problem}") from problem
@@ -343,7 +356,7 @@ class BuildNative(build_ext):
         return True
 
     def copy_extensions_to_source(self) -> None:
-        """In-place builds replace the file in one step: another process may have the old one open."""
+        """Replaces in-place files in one step: another process may have the old one open."""
         build_py = self.get_finalized_command("build_py")
         for ext in self.extensions:
             inplace, regular = self._get_inplace_equivalent(build_py, ext)

@@ -1,0 +1,59 @@
+"""LLM-QAT: data-free quantization-aware training of LLaMA-family models, from training to serving.
+
+The river: ``generate-data`` -> ``train`` -> ``eval`` -> ``export`` -> ``generate``; the same from Python:
+
+>>> import llmqat
+>>> config = llmqat.QATConfig.parse("4-8-4")  # weights 4, activations 8, KV cache 4 bits
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import from_pretrained, save_pretrained
+    from .config import QATConfig
+    from .convert import conversion_report, convert, prepare
+    from .runtime.engine import Engine
+    from .train.trainer import QATTrainer
+
+__version__ = "0.1.0"
+
+# Imported on first use: `import llmqat` must not cost the seconds that transformers takes, and the data
+# store must work without torch.
+_HOMES = {
+    "QATConfig": "config",
+    "prepare": "convert",
+    "convert": "convert",
+    "conversion_report": "convert",
+    "save_pretrained": "checkpoint",
+    "from_pretrained": "checkpoint",
+    "Engine": "runtime.engine",
+    "QATTrainer": "train.trainer",
+}
+
+__all__ = [
+    "Engine",
+    "QATConfig",
+    "QATTrainer",
+    "conversion_report",
+    "convert",
+    "from_pretrained",
+    "prepare",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmqat' has no attribute {name!r}")
+    # `convert` is a function and the name of its module: the import below binds the module, so the
+    # function is stored over it.
+    value = getattr(import_module(f"llmqat.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,4 +1,5 @@
-"""What is quantized and how: one frozen, validated configuration that drives prepare, convert and export.
+"""What is quantized and how: one frozen, validated configuration that drives prepare, convert and
+export.
 
 A setting such as ``4-8-4`` names the bits of weights, activations and KV cache (LLM-QAT section 3);
 16 and 32 mean off. Importing this module imports neither torch nor transformers.
@@ -38,7 +39,9 @@ PAPER_SETTINGS = (
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one kind of tensor is quantized (spec 1-5): bits, rows or groups of rows, rounding of the scale."""
+    """How one kind of tensor is quantized (spec 1-5): bits, rows or groups of rows, rounding of the
+    scale.
+    """
 
     bits: int
     group_size: int = -1
@@ -58,7 +61,9 @@ class QuantSpec:
     def qmax(self) -> int:
         """The largest code, ``2^(bits-1) - 1`` (spec 1); defined for enabled specs only."""
         if not self.enabled:
-            raise ConfigError(f"bits: {self.bits} is not quantized and has no largest code; use 2..8")
+            raise ConfigError(
+                f"bits: {self.bits} is not quantized and has no largest code; use 2..8"
+            )
         return 2 ** (self.bits - 1) - 1
 
 
@@ -69,10 +74,13 @@ class QATConfig:
     Args:
         w_bits: weights, per output channel. 2..8, or 16 / 32 for off.
         a_bits: inputs of the linears, per token. 2..8, or 16 / 32 for off.
-        kv_bits: keys and values. 2..8 in training; a packed KV cache holds 4 and 8; 16 / 32 for off.
-        kv_mode: ``paper`` (before RoPE, one scale per token) or ``serving`` (after RoPE, per token and head); spec 9.
+        kv_bits: keys and values. 2..8 in training; a packed KV cache holds 4 and 8; 16 / 32 for
+            off.
+        kv_mode: ``paper`` (before RoPE, one scale per token) or ``serving`` (after RoPE, per token
+            and head); spec 9.
         group_size: columns of a weight that share a scale; -1 for the whole row.
-        weight_scale_dtype: precision of weight scales; ``bfloat16`` (stored losslessly everywhere) or ``float32``.
+        weight_scale_dtype: precision of weight scales; ``bfloat16`` (stored losslessly everywhere)
+            or ``float32``.
         ste_clip: gradients are zero where |x| >= ste_clip; None passes all (spec 6).
 
     Raises:
@@ -97,18 +105,31 @@ class QATConfig:
 
     @classmethod
     def parse(cls, setting: str, **fields: Any) -> QATConfig:
-        """``QATConfig.parse("4-8-4", kv_mode="serving")``: W-A-KV bits, the other fields by name."""
+        """``QATConfig.parse("4-8-4", kv_mode="serving")``: W-A-KV bits, then fields by name."""
         parts = setting.split("-") if isinstance(setting, str) else []
-        if len(parts) != 3 or not all(part.isascii() and part.isdigit() and len(part) <= 2 for part in parts):
-            raise ConfigError(f"bits: {_short(setting)} is not a W-A-KV setting; write three numbers such as 4-8-4")
-        return cls._build(dict(zip(("w_bits", "a_bits", "kv_bits"), map(int, parts), strict=True)), fields)
+        if len(parts) != 3 or not all(
+            part.isascii() and part.isdigit() and len(part) <= 2 for part in parts
+        ):
+            raise ConfigError(
+                f"bits: {_short(setting)} is not a W-A-KV setting; write three numbers such as"
+                " 4-8-4"
+            )
+        return cls._build(
+            dict(zip(("w_bits", "a_bits", "kv_bits"), map(int, parts), strict=True)), fields
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QATConfig:
         """The inverse of :meth:`to_dict`. Unknown and missing keys are errors."""
         if not isinstance(values, Mapping):
-            raise ConfigError(f"config: expected an object with fields, got {type(values).__name__}")
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+            raise ConfigError(
+                f"config: expected an object with fields, got {type(values).__name__}"
+            )
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.name not in values
+        ]
         if missing:
             raise ConfigError(f"config: missing {', '.join(missing)}")
         return cls._build({}, values)
@@ -154,9 +175,14 @@ class QATConfig:
     def check_packable(self) -> None:
         """Raise ConfigError unless a converted model can hold this setting."""
         if not self.weight.enabled:
-            raise ConfigError(f"w_bits: {self.w_bits} leaves nothing to pack; convert needs 2..8, keep the prepared model")
+            raise ConfigError(
+                f"w_bits: {self.w_bits} leaves nothing to pack; convert needs 2..8, keep the"
+                " prepared model"
+            )
         if self.kv_bits not in PACKED_KV_BITS:
-            raise ConfigError(f"kv_bits: {self.kv_bits} has no packed KV cache; convert accepts 4, 8, 16 or 32")
+            raise ConfigError(
+                f"kv_bits: {self.kv_bits} has no packed KV cache; convert accepts 4, 8, 16 or 32"
+            )
 
 
 def _short(value: object) -> str:
@@ -170,12 +196,21 @@ def _is_int(value: object) -> bool:
 
 def _check_bits(name: str, value: object) -> None:
     if not _is_int(value) or (value not in QUANTIZED_BITS and value not in OFF_BITS):
-        raise ConfigError(f"{name}: {_short(value)} is not supported; use 2..8, or 16 or 32 for off")
+        raise ConfigError(
+            f"{name}: {_short(value)} is not supported; use 2..8, or 16 or 32 for off"
+        )
 
 
 def _check_group_size(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or (value != -1 and not 2 <= value <= 2**20):
-        raise ConfigError(f"{name}: {_short(value)} is not supported; use -1 for whole rows, or a divisor >= 2 of them")
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or (value != -1 and not 2 <= value <= 2**20)
+    ):
+        raise ConfigError(
+            f"{name}: {_short(value)} is not supported; use -1 for whole rows, or a divisor >= 2 of"
+            " them"
+        )
 
 
 def _check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -186,5 +221,12 @@ def _check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 def _check_ste_clip(value: object) -> None:
     if value is None:
         return
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"ste_clip: {_short(value)} is not a positive number; use None to pass every gradient")
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
+        raise ConfigError(
+            f"ste_clip: {_short(value)} is not a positive number; use None to pass every gradient"
+        )

@@ -1,16 +1,19 @@
 """prepare and convert: the only place that swaps modules.
 
-    plain model --prepare(config)--> prepared (trains through quantization) --convert--> packed (holds codes)
+    plain model --prepare(config)--> prepared (trains through quantization) --convert--> packed
+    (holds codes)
 
-Both change the model in place and return it; both check everything first, so that an error leaves the model as it
-was. The model gets a config object of its own, whose `llmqat` entry records stage and settings for every writer.
+Both change the model in place and return it; both check everything first, so that an error leaves
+the model as it was. The model gets a config object of its own, whose `llmqat` entry records stage
+and settings for every writer.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -21,56 +24,28 @@ from llmqat.models import compat
 from llmqat.models.families import Family, find_family, iter_blocks, iter_linears
 from llmqat.nn.attention import KVQuantizer, enable_kv_quantization
 from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
-from llmqat_kernels import SPEC_VERSION
+from llmqat.report import conversion_report
+from llmqat.state import PACKED, PREPARED, STATE_ATTRIBUTE, State, state_of
 
-PREPARED = "prepared"
-PACKED = "packed"
-STATE_ATTRIBUTE = "llmqat_state"
-
-
-@dataclass(frozen=True)
-class State:
-    """What was done to a model: its stage (`prepared` or `packed`) and settings."""
-
-    stage: str
-    config: QATConfig
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `llmqat` entry of config.json."""
-        return {"spec": SPEC_VERSION, "stage": self.stage, **self.config.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> State:
-        """The inverse of :meth:`to_dict`; ConfigError on an unknown key, stage or specification version."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"llmqat: expected an object, got {type(values).__name__}")
-        fields = dict(values)
-        spec, stage = fields.pop("spec", None), fields.pop("stage", None)
-        if spec != SPEC_VERSION:
-            raise ConfigError(f"llmqat.spec: {str(spec)[:40]!r} is unknown; this version reads {SPEC_VERSION!r}")
-        if stage not in (PREPARED, PACKED):
-            raise ConfigError(f"llmqat.stage: {str(stage)[:40]!r} is unknown; expected {PREPARED!r} or {PACKED!r}")
-        return cls(stage, QATConfig.from_dict(fields))
-
-
-def state_of(model: nn.Module) -> State | None:
-    """The state of a prepared or converted model; None for any other."""
-    state = getattr(model, STATE_ATTRIBUTE, None)
-    return state if isinstance(state, State) else None
+__all__ = ["conversion_report", "convert", "prepare", "state_of", "swap_empty"]
 
 
 def prepare(model: nn.Module, config: QATConfig) -> nn.Module:
     """Make a transformers LLaMA train through quantization, in place.
 
-    All seven linears of every block quantize weight and input, K and V are quantized as `config.kv_mode` says;
-    embeddings, norms, Q, softmax and the head stay as they are (LLM-QAT section 2.2). Parameters and their names are
-    unchanged.
+    All seven linears of every block quantize weight and input, K and V are quantized as
+    `config.kv_mode` says; embeddings, norms, Q, softmax and the head stay as they are (LLM-QAT
+    section 2.2). Parameters and their names are unchanged.
 
     Raises:
-        ConfigError: an unsupported model, one that is prepared already, or a layer that cannot be quantized.
+        ConfigError: an unsupported model, one that is prepared already, or a layer that cannot be
+            quantized.
     """
     if not isinstance(config, QATConfig):
-        raise ConfigError(f"config: expected a QATConfig, got {type(config).__name__}; use QATConfig.parse('4-8-4')")
+        raise ConfigError(
+            f"config: expected a QATConfig, got {type(config).__name__}; use"
+            " QATConfig.parse('4-8-4')"
+        )
     family = find_family(model)
     _refuse_changed(model)
     linears = list(iter_linears(model, family))
@@ -87,36 +62,48 @@ def prepare(model: nn.Module, config: QATConfig) -> nn.Module:
 
 
 def convert(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
-    """Replace every prepared linear by its packed form, in place; codes and scales are those of the last forward.
+    """Replace every prepared linear by its packed form, in place; codes and scales are those of the
+    last forward.
 
     With `config`, a plain model is prepared first: round-to-nearest quantization without training.
 
     Raises:
-        ConfigError: not prepared and no `config`; converted already; `config` differs from the prepared one; a
-            setting without packed form (w_bits 16 or 32, kv_bits other than 4, 8, 16, 32); non-finite weights.
+        ConfigError: not prepared and no `config`; converted already; `config` differs from the
+            prepared one; a setting without packed form (w_bits 16 or 32, kv_bits other than 4, 8,
+            16, 32); non-finite weights.
     """
     state = state_of(model)
     if state is None:
         if config is None:
-            raise ConfigError("model: not prepared; call prepare(model, config) first, or convert(model, config)")
+            raise ConfigError(
+                "model: not prepared; call prepare(model, config) first, or convert(model, config)"
+            )
         config.check_packable()
         find_family(model)
     elif state.stage == PACKED:
         raise ConfigError("model: already converted; save it with save_pretrained(model, dir)")
     elif config is not None and config != state.config:
-        raise ConfigError(f"config: the model was prepared as {state.config.setting} with other settings; omit config")
+        raise ConfigError(
+            f"config: the model was prepared as {state.config.setting} with other settings; omit"
+            " config"
+        )
     else:
         config = state.config
         config.check_packable()
     family = find_family(model)
     for name, _, module in iter_linears(model, family):
         if not bool(torch.isfinite(module.weight).all()):  # type: ignore[arg-type]
-            raise ConfigError(f"{name}: weight has NaN or infinite values; such a layer cannot be converted")
+            raise ConfigError(
+                f"{name}: weight has NaN or infinite values; such a layer cannot be converted"
+            )
     if state is None:
         prepare(model, config)
     for name, _, module in list(iter_linears(model, family)):
         if not isinstance(module, QATLinear):
-            raise ConfigError(f"{name}: expected a QATLinear, found {type(module).__name__}; prepare a fresh model")
+            raise ConfigError(
+                f"{name}: expected a QATLinear, found {type(module).__name__}; prepare a fresh"
+                " model"
+            )
         model.set_submodule(name, QuantizedLinear.from_qat(module))
     _set_state(model, State(PACKED, config))
     model.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
@@ -148,20 +135,29 @@ def swap_empty(model: nn.Module, config: QATConfig, bias_dtypes: Mapping[str, to
 def _refuse_changed(model: nn.Module) -> None:
     state = state_of(model)
     if state is not None:
-        raise ConfigError(f"model: already {state.stage} ({state.config.setting}); prepare a fresh model")
+        raise ConfigError(
+            f"model: already {state.stage} ({state.config.setting}); prepare a fresh model"
+        )
 
 
 def _check_linear(name: str, module: nn.Module, config: QATConfig) -> None:
     if type(module) is not nn.Linear:
-        raise ConfigError(f"{name}: expected a plain nn.Linear, found {type(module).__name__}; it would be skipped")
+        raise ConfigError(
+            f"{name}: expected a plain nn.Linear, found {type(module).__name__}; it would be"
+            " skipped"
+        )
     group = config.group_size
     if config.weight.enabled and group != -1 and module.in_features % group:
-        raise ConfigError(f"group_size: {group} does not divide the {module.in_features} input columns of {name}")
+        raise ConfigError(
+            f"group_size: {group} does not divide the {module.in_features} input columns of {name}"
+        )
 
 
 def _enable_serving_kv(model: nn.Module, family: Family, config: QATConfig) -> None:
     if config.kv.enabled and config.kv_mode == "serving":
-        attentions = [block.get_submodule(family.attention) for _, block in iter_blocks(model, family)]
+        attentions = [
+            block.get_submodule(family.attention) for _, block in iter_blocks(model, family)
+        ]
         enable_kv_quantization(model, attentions, KVQuantizer(config.kv_bits, config.ste_clip))
 
 
@@ -171,5 +167,19 @@ def _set_state(model: nn.Module, state: State) -> None:
 
 
 def _refuse_plain_save(*_: object, **__: object) -> NoReturn:
-    # transformers would write tensors that any process without this package loads as random weights.
+    # transformers would write tensors that any process without this package loads as random
+    # weights.
     raise ConfigError("model: a converted model is saved with llmqat.save_pretrained(model, dir)")
+
+
+class _CallableModule(ModuleType):
+    """`llmqat.convert` names this module and, in the package, its main function: both can be
+    called.
+    """
+
+    def __call__(self, model: nn.Module, config: QATConfig | None = None) -> nn.Module:
+        return convert(model, config)
+
+
+# Importing this module binds it to `llmqat.convert`, over the function of that name.
+sys.modules[__name__].__class__ = _CallableModule

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from llmqat.config import QATConfig
-from llmqat.convert import PACKED, state_of
 from llmqat.errors import ConfigError
 from llmqat.models import compat
-from llmqat.models.families import Family, find_family, iter_blocks, iter_linears
+from llmqat.models.families import find_family, iter_blocks, iter_linears
 from llmqat.nn.attention import ATTENTION_NAME, MODULE_ATTRIBUTE
 from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.state import PACKED, state_of
 
 KEPT = "kept"
 QUANTIZED = "quantized"
@@ -52,9 +52,14 @@ class ConversionReport:
             key = (short, entry.kind, entry.status, entry.detail)
             groups[key] = groups.get(key, 0) + 1
         widths = [max(len(key[i]) for key in groups) for i in range(3)]
-        lines = [f"{self.stage} {self.setting}: {self.count(QUANTIZED)} quantized, {self.count(KEPT)} kept"]
+        lines = [
+            f"{self.stage} {self.setting}: {self.count(QUANTIZED)} quantized, {self.count(KEPT)}"
+            " kept"
+        ]
         for (short, kind, status, detail), count in groups.items():
-            cells = "  ".join(text.ljust(width) for text, width in zip((short, kind, status), widths, strict=True))
+            cells = "  ".join(
+                text.ljust(width) for text, width in zip((short, kind, status), widths, strict=True)
+            )
             lines.append(f"{count:4d} x  {cells}  {detail}")
         return "\n".join(lines)
 
@@ -67,7 +72,9 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     """
     state = state_of(model)
     if state is None:
-        raise ConfigError("model: neither prepared nor converted; call prepare(model, config) first")
+        raise ConfigError(
+            "model: neither prepared nor converted; call prepare(model, config) first"
+        )
     config, family = state.config, find_family(model)
     linears = {name: short for name, short, _ in iter_linears(model, family)}
     attentions = {f"{prefix}.{family.attention}" for prefix, _ in iter_blocks(model, family)}
@@ -75,15 +82,19 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     entries = []
     for name, module in model.named_modules():
         if name in linears:
-            entries.append(_linear_entry(name, module, config, linears[name] in family.kv_linears, state.stage))
+            entries.append(
+                _linear_entry(name, module, config, linears[name] in family.kv_linears, state.stage)
+            )
         elif name in attentions:
             entries.append(_attention_entry(name, module, config))
         elif not any(True for _ in module.children()):
-            entries.append(Entry(name, type(module).__name__, KEPT, _reason(name, module, model, family)))
+            entries.append(Entry(name, type(module).__name__, KEPT, _reason(name, module, model)))
     return ConversionReport(state.stage, config.setting, tuple(entries))
 
 
-def _linear_entry(name: str, module: nn.Module, config: QATConfig, is_kv: bool, stage: str) -> Entry:
+def _linear_entry(
+    name: str, module: nn.Module, config: QATConfig, is_kv: bool, stage: str
+) -> Entry:
     kind = type(module).__name__
     asked = config.quantizes_linears or (is_kv and config.kv.enabled and config.kv_mode == "paper")
     expected = QuantizedLinear if stage == PACKED else QATLinear
@@ -99,9 +110,16 @@ def _attention_entry(name: str, module: nn.Module, config: QATConfig) -> Entry:
     if not config.kv.enabled:
         return Entry(name, kind, KEPT, f"K and V: kv_bits {config.kv_bits} is off")
     if config.kv_mode == "paper":
-        return Entry(name, kind, QUANTIZED, f"KV{config.kv_bits} before RoPE, per token (outputs of k_proj, v_proj)")
+        return Entry(
+            name,
+            kind,
+            QUANTIZED,
+            f"KV{config.kv_bits} before RoPE, per token (outputs of k_proj, v_proj)",
+        )
     if getattr(module, MODULE_ATTRIBUTE, None) is None:
-        raise ConfigError(f"{name}: {config.setting} asks for quantized K and V, but it has no quantizer")
+        raise ConfigError(
+            f"{name}: {config.setting} asks for quantized K and V, but it has no quantizer"
+        )
     return Entry(name, kind, QUANTIZED, f"KV{config.kv_bits} after RoPE, per token and head")
 
 
@@ -110,16 +128,19 @@ def _check_attention_function(model: nn.Module, config: QATConfig) -> None:
         return
     name = compat.attention_name(model)
     if name != ATTENTION_NAME:
-        raise ConfigError(f"model: attention is {name!r}, which ignores kv_bits {config.kv_bits}; set {ATTENTION_NAME!r}")
+        raise ConfigError(
+            f"model: attention is {name!r}, which ignores kv_bits {config.kv_bits}; set"
+            f" {ATTENTION_NAME!r}"
+        )
 
 
-def _reason(name: str, module: nn.Module, model: nn.Module, family: Family) -> str:
+def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
     if not any(True for _ in module.parameters()):
         return "has no weights"
     if isinstance(module, nn.Embedding):
         return "embeddings stay in full precision"
     if module is model.get_output_embeddings():  # type: ignore[operator]
         return "the head stays in full precision"
-    if name.startswith(f"{family.blocks}."):
-        return "not one of the block's linears"
-    return "norms stay in full precision"
+    if "norm" in name.rpartition(".")[2]:
+        return "norms stay in full precision"
+    return "not one of the linears that the method quantizes"

@@ -46,9 +46,10 @@ def _load() -> str:
     if path is None:
         return f"the native library is not built: run `{BUILD_COMMAND}` and read its summary"
     if _version(torch.__version__) < MIN_TORCH:
-        return f"torch {torch.__version__} is older than {'.'.join(map(str, MIN_TORCH))}: upgrade torch"
+        minimum = ".".join(map(str, MIN_TORCH))
+        return f"torch {torch.__version__} is too old: install torch >= {minimum}"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path.name} does not load: {error}; rebuild with `{BUILD_COMMAND}`"
     return ""
@@ -81,11 +82,11 @@ def build_info() -> dict[str, Any]:
 
 
 def isa() -> str:
-    """The instruction set of the CPU operators: ``scalar``, ``avx2``, ``avx512vnni``, or ``none``."""
+    """The instruction set of the CPU operators, one of ``ISAS``; ``none`` without the library."""
     return str(torch.ops.llmqat_cpu.get_isa()) if is_available() else "none"
 
 
-def available_isas() -> tuple[str, ...]:
+def supported_isas() -> tuple[str, ...]:
     """The instruction sets that this machine can run, slowest first; empty without the library."""
     if not is_available():
         return ()
@@ -97,14 +98,15 @@ def set_isa(name: str) -> Iterator[None]:
     """Run the CPU operators with one instruction set inside the ``with`` block, in every thread.
 
     Args:
-        name: one of :func:`available_isas`.
+        name: one of :func:`supported_isas`.
 
     Raises:
         BackendUnavailable: no library, an unknown name, or one that this CPU lacks.
     """
     _require()
-    if name not in available_isas():
-        raise BackendUnavailable(f"isa: {name!r} cannot run here; use one of {', '.join(available_isas())}")
+    if name not in supported_isas():
+        choices = ", ".join(supported_isas())
+        raise BackendUnavailable(f"isa: {name!r} cannot run here; use one of {choices}")
     previous = isa()
     torch.ops.llmqat_cpu.set_isa(name)
     try:

@@ -22,12 +22,13 @@ _BLOCK_TAG = re.compile(
     r"|poem|nowiki|div|center|chem|hiero)\b[^<>]*>.*?</\1\s*>",
     re.IGNORECASE | re.DOTALL,
 )
+_BREAK = re.compile(r"<(br|p|hr)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _LINK = re.compile(r"\[\[((?:(?!\[\[|\]\]).)*)\]\]", re.DOTALL)
 _DROPPED_LINK = re.compile(
     r":?\s*(file|image|category|media|wikt|[a-z]{2,3}(-[a-z]+)?)\s*:", re.IGNORECASE
 )
-_EXTERNAL = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\]]*\s*([^\]]*)\]")
+_EXTERNAL = re.compile(r"\[(?:https?:|ftp:)?//[^\s\[\]]*\s*([^\[\]]*)\]")
 _QUOTES = re.compile(r"'{2,}")
 _MAGIC_WORD = re.compile(r"__[A-Z]+__")
 _SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f]+")
@@ -70,7 +71,7 @@ def _expand_template(body: str) -> str:
 
 
 def _replace_nested(text: str, opening: str, closing: str, expand: bool) -> str:
-    """Removes (or expands) balanced, possibly nested spans; an unbalanced opening drops the rest."""
+    """Removes (or expands) balanced, nested spans; an unbalanced opening drops the rest."""
     stack: list[list[str]] = [[]]
     for piece in re.split(f"({re.escape(opening)}|{re.escape(closing)})", text):
         if piece == opening:
@@ -91,10 +92,12 @@ def _resolve_links(text: str) -> str:
         body = match.group(1)
         return "" if _DROPPED_LINK.match(body) else body.rsplit("|", 1)[-1]
 
+    # External links hold wiki links and stand in captions of media links: before and after.
+    text = _EXTERNAL.sub(r"\1", text)
     count = 1
     while count:
         text, count = _LINK.subn(words, text)
-    text = _EXTERNAL.sub(lambda match: match.group(1), text)
+    text = _EXTERNAL.sub(r"\1", text)
     # What is left is unbalanced: the author's typing error, not a link.
     return text.replace("[[", "").replace("]]", "")
 
@@ -130,7 +133,7 @@ def paragraphs(markup: str) -> list[str]:
     text = _resolve_links(text)
     text = _QUOTES.sub("", text)
     text = _MAGIC_WORD.sub("", text)
-    text = html.unescape(_TAG.sub(" ", text))
+    text = html.unescape(_TAG.sub("", _BREAK.sub(" ", text)))
     kept = []
     for raw in text.split("\n"):
         if raw[:1] in ("*", "#", ":", ";", "=", "|", "!", "{", "}", " "):

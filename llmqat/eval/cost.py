@@ -1,13 +1,13 @@
-"""What a bit setting costs: operations, weight bytes and KV-cache bytes, from a configuration alone.
+"""What a bit setting costs: operations, weight bytes and KV bytes, from a configuration alone.
 
-Operations follow LLM-QAT's measure, ``OPs = MACs * weight bits * activation bits`` for one pass over
-``seq_len`` tokens. The paper does not say what it counts; counting the linears of the decoder
-layers alone reproduces its comparison of LLaMA-13B at W4A8 with 7B at W8A8, so that is the default.
+Operations follow LLM-QAT's measure, ``OPs = MACs * weight bits * activation bits`` for one pass
+over ``seq_len`` tokens. The paper does not say what it counts; counting the linears of the decoder
+layers alone reproduces its comparison of LLaMA-13B at W4A8 with 7B at W8A8: hence the default.
 Attention and head can be added: the head at 16 x 16 bits, both attention products at 16 x KV bits
 (queries and probabilities are not quantized) over the full ``seq_len`` x ``seq_len`` square.
 
-Bytes are those this project stores (spec 3, 8, 9): codes of up to 4 bits take half a byte, wider ones
-a byte; embedding, head and norms stay at ``float_bits``; scales are counted apart, because the
+Bytes are those this project stores (spec 3, 8, 9): codes of up to 4 bits take half a byte, wider
+ones a byte; embedding, head and norms stay at ``float_bits``; scales are counted apart, because the
 paper leaves them out. Biases are not counted (below 0.1 %).
 """
 
@@ -56,7 +56,9 @@ class ModelShape:
             value = getattr(config, name, None)
             value = default if value is None else value
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name}: expected a positive integer in the model's configuration")
+                raise ConfigError(
+                    f"{name}: expected a positive integer in the model's configuration"
+                )
             return value
 
         hidden, heads = size("hidden_size"), size("num_attention_heads")
@@ -188,7 +190,7 @@ def ops(
     include_attention: bool = False,
     include_head: bool = False,
 ) -> int:
-    """``MACs * weight bits * activation bits`` over ``seq_len`` tokens; the module's head says more.
+    """``MACs * weight bits * activation bits`` for one pass; the module's head says more.
 
     Args and errors: see :func:`macs`. ``qat`` gives the bits; 16 and 32 count as themselves.
     """
@@ -234,8 +236,8 @@ def kv_bytes_per_token(config: Any, qat: QATConfig) -> KVBytes:
 
     Args:
         config: see :func:`macs`.
-        qat: ``kv_bits`` and ``kv_mode``: ``paper`` has one fp32 scale per token for K and one for V in
-            each layer, ``serving`` has them per KV head as well. A float cache has no scales.
+        qat: ``kv_bits`` and ``kv_mode``: ``paper`` has one fp32 scale per token for K and one
+            for V in each layer, ``serving`` one per KV head. A float cache has no scales.
     """
     shape = _shape(config)
     rows = 2 * shape.layers * shape.kv_heads

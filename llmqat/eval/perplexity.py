@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,7 +85,9 @@ def encode_text_file(tokenizer: Any, path: str | os.PathLike[str]) -> torch.Tens
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8 text: {error.reason} at {error.start}") from error
+        raise DataError(
+            f"{path.name} is not UTF-8 text: {error.reason} at {error.start}"
+        ) from error
     except FileNotFoundError as error:
         raise DataError(f"no text file at {path}") from error
     if not text.strip():
@@ -136,8 +138,8 @@ def _windows(
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocab_size:
         raise DataError(
-            f"token ids lie in [{low}, {high}], the model's vocabulary is [0, {vocab_size}); was the"
-            " text encoded with this model's tokenizer?"
+            f"token ids lie in [{low}, {high}], the model's vocabulary is [0, {vocab_size}); was"
+            " the text encoded with this model's tokenizer?"
         )
     return windows
 
@@ -153,7 +155,7 @@ def _has_plain_head(model: nn.Module) -> bool:
     )
 
 
-def _nll_sum(model: nn.Module, ids: torch.Tensor, chunk: int) -> float:
+def _nll_sum(model: Any, ids: torch.Tensor, chunk: int) -> float:
     """Summed negative log-likelihood of a batch of windows, int64 [b, seq_len]."""
     targets = ids[:, 1:].reshape(-1)
     if _has_plain_head(model):
@@ -221,9 +223,9 @@ def perplexity(
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise InvalidArgument(f"seq_len: the model has {positions} positions, got {seq_len}")
-    vocab_size = getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    embedding = cast(nn.Embedding, cast(Any, model).get_input_embeddings())
+    vocab_size = getattr(config, "vocab_size", None) or embedding.num_embeddings
     windows = _windows(input_ids, seq_len, max_tokens, bos_token_id, vocab_size)
-    device = model.get_input_embeddings().weight.device
     chunk = max(1, _CHUNK_ELEMENTS // vocab_size)
 
     total, tokens = 0.0, 0
@@ -232,7 +234,7 @@ def perplexity(
         tqdm(total=len(windows), unit="window", desc="perplexity", disable=not progress) as bar,
     ):
         for begin in range(0, len(windows), batch_size):
-            batch = windows[begin : begin + batch_size].to(device)
+            batch = windows[begin : begin + batch_size].to(embedding.weight.device)
             loss = _nll_sum(model, batch, chunk)
             if not math.isfinite(loss):
                 raise FloatingPointError(

@@ -1,1 +1,3 @@
-"""Model families: names of modules and configs, and the one file that knows transformers' internals."""
+"""Model families: names of modules and configs, and the one file that knows transformers'
+internals.
+"""

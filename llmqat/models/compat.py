@@ -1,4 +1,6 @@
-"""The only file that relies on how transformers 5.x is built inside; checked on 5.17.0 and the newest 5.x."""
+"""The only file that relies on how transformers 5.x is built inside; checked on 5.17.0 and the
+newest 5.x.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -16,14 +24,19 @@ from llmqat.errors import ConfigError
 
 
 def sdpa_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The library's scaled-dot-product attention function."""
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Make `function` selectable by name, with the masks that sdpa gets. Repeating it is harmless."""
+    """Make `function` selectable by name, with sdpa's masks. Repeating it is harmless."""
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
 
@@ -32,7 +45,10 @@ def set_attention(model: nn.Module, name: str) -> None:
     """Switch every attention module of the model to the registered function `name`."""
     model.set_attn_implementation(name)
     if attention_name(model) != name:
-        raise ConfigError(f"model: {type(model).__name__} did not accept attention {name}; it needs sdpa attention")
+        raise ConfigError(
+            f"model: {type(model).__name__} did not accept attention {name}; it needs sdpa"
+            " attention"
+        )
 
 
 def attention_name(model: nn.Module) -> str | None:
@@ -43,8 +59,8 @@ def attention_name(model: nn.Module) -> str | None:
 def own_config(model: nn.Module) -> None:
     """Give the model a config object that no other model shares.
 
-    `LlamaForCausalLM(teacher.config)` shares the teacher's config: without this, what prepare records (and the
-    attention function it selects) would change the teacher too.
+    `LlamaForCausalLM(teacher.config)` shares the teacher's config: without this, what prepare
+    records (and the attention function it selects) would change the teacher too.
     """
     shared = model.config
     private = copy.deepcopy(shared)
@@ -54,7 +70,8 @@ def own_config(model: nn.Module) -> None:
 
 
 def build_llama(fields: Mapping[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
-    """A LLaMA on the meta device (no weights allocated); its rotary tables are real, they are in no checkpoint.
+    """A LLaMA on the meta device (no weights allocated); its rotary tables are real, they are in no
+    checkpoint.
 
     Args:
         fields: validated fields of `LlamaConfig`.
@@ -74,7 +91,18 @@ def tie_head(model: nn.Module) -> None:
 
 
 def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
-    """A generation config from the JSON object of a checkpoint; raises ValueError or TypeError where it is malformed."""
+    """A generation config from the JSON object of a checkpoint.
+
+    Only fields that transformers knows, with plain values: numbers, strings, true, false, null,
+    lists of integers. ValueError or TypeError names any other.
+    """
+    known = GenerationConfig().to_dict().keys() | {"_from_model_config", "transformers_version"}
+    for key, value in fields.items():
+        ids = isinstance(value, list) and all(type(item) is int for item in value)
+        if key not in known or not (
+            ids or value is None or isinstance(value, bool | int | float | str)
+        ):
+            raise ValueError(f"{key[:40]!a} is not a plain generation setting; remove it")
     return GenerationConfig.from_dict(dict(fields))
 
 

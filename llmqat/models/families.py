@@ -15,7 +15,9 @@ from llmqat.errors import ConfigError
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one architecture. Paths are relative to the model (`blocks`) or to one block (the rest)."""
+    """Names of one architecture. Paths are relative to the model (`blocks`) or to one block (the
+    rest).
+    """
 
     name: str
     architecture: str
@@ -43,7 +45,12 @@ FAMILIES: dict[str, Family] = {
         ),
         attention="self_attn",
         kv_linears=("self_attn.k_proj", "self_attn.v_proj"),
-        attention_bias=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        attention_bias=(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+        ),
         mlp_bias=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     ),
 }
@@ -51,16 +58,21 @@ FAMILIES: dict[str, Family] = {
 
 def supported() -> str:
     """For messages: what this package can quantize."""
-    return ", ".join(f"{family.architecture} (model_type {name})" for name, family in FAMILIES.items())
+    return ", ".join(
+        f"{family.architecture} (model_type {name})" for name, family in FAMILIES.items()
+    )
 
 
 def find_family(model: nn.Module) -> Family:
-    """The family of a transformers model; ConfigError names what was given and what is supported."""
+    """The family of a transformers model; ConfigError names the model and what is supported."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or not any(cls.__name__ == family.architecture for cls in type(model).__mro__):
+    if family is None or not any(
+        cls.__name__ == family.architecture for cls in type(model).__mro__
+    ):
         raise ConfigError(
-            f"model: {type(model).__name__} (model_type {model_type}) is not supported; supported: {supported()}"
+            f"model: {type(model).__name__} (model_type {model_type}) is not supported; supported:"
+            f" {supported()}"
         )
     return family
 
@@ -82,5 +94,7 @@ def iter_linears(model: nn.Module, family: Family) -> Iterator[tuple[str, str, n
             try:
                 module = block.get_submodule(name)
             except AttributeError as error:
-                raise ConfigError(f"model: {prefix} has no {name}; is this a {family.architecture}?") from error
+                raise ConfigError(
+                    f"model: {prefix} has no {name}; is this a {family.architecture}?"
+                ) from error
             yield f"{prefix}.{name}", name, module

@@ -220,6 +220,12 @@ def _tokenizer(metadata: _Metadata) -> PreTrainedTokenizerFast:
     types = metadata.require("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in metadata.require("tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
+    if not len(vocabulary) == len(tokens) == len(types):
+        raise CheckpointError("the tokenizer's tokens repeat, or do not match their types")
+    for merge in merges:
+        if len(merge) != 2 or any(part not in vocabulary for part in (*merge, "".join(merge))):
+            raise CheckpointError(f"merge {' '.join(merge)!r} uses tokens outside the vocabulary")
+    kinds = list(zip(tokens, types, strict=True))
 
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     splitter: Any = pre_tokenizers.ByteLevel(
@@ -227,18 +233,20 @@ def _tokenizer(metadata: _Metadata) -> PreTrainedTokenizerFast:
         use_regex=True,
     )
     if split in _DIGITS_APART:
-        splitter = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitter])
+        splitter = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), splitter]
+        )
     backend.pre_tokenizer = splitter
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, types) if k == _CONTROL]
+        [AddedToken(t, normalized=False, special=True) for t, k in kinds if k == _CONTROL]
     )
-    backend.add_tokens(
-        [AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == _USER_DEFINED]
-    )
+    backend.add_tokens([AddedToken(t, normalized=False) for t, k in kinds if k == _USER_DEFINED])
 
     def token(key: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and not 0 <= index < len(tokens):
+            raise CheckpointError(f"{key} token {index} lies outside the vocabulary")
         return None if index is None else tokens[index]
 
     bos = token("bos")
@@ -278,7 +286,9 @@ def _folder_at_once(directory: Path) -> Iterator[Path]:
         fsync_dir(directory.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(directory)) from error
+            raise FileExistsError(
+                errno.EEXIST, os.strerror(errno.EEXIST), str(directory)
+            ) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)  # gone already after the rename

@@ -1,4 +1,6 @@
-"""Modules of prepared and converted models; they call `llmqat_kernels` and hold no formula of their own."""
+"""Modules of prepared and converted models; they call `llmqat_kernels` and hold no formula of their
+own.
+"""
 
 from llmqat.nn.attention import KVQuantizer
 from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear, clear_weight_cache

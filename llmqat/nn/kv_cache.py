@@ -1,6 +1,7 @@
 """Keys and values of one token in the two modes of spec 9, and caches that fit a model.
 
-`paper` quantizes the row of all KV heads of a token before RoPE; `serving` quantizes each head of a token after RoPE.
+`paper` quantizes the row of all KV heads of a token before RoPE; `serving` quantizes each head of a
+token after RoPE.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ def quantize_kv(x: Tensor, bits: int, mode: str) -> tuple[Tensor, Tensor]:
 
 
 def allocate_caches(
-    config: object, quantization: QATConfig, slots: int, max_len: int, *, dtype: torch.dtype, device: torch.device | str
+    config: object,
+    quantization: QATConfig,
+    slots: int,
+    max_len: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> list[qk.KVCache]:
     """One empty cache per block of a transformers config; `dtype` only matters to 16 bits.
 
@@ -39,12 +46,21 @@ def allocate_caches(
         ConfigError: a KV width that no cache holds.
     """
     if quantization.kv_bits not in PACKED_KV_BITS:
-        raise ConfigError(f"kv_bits: {quantization.kv_bits} has no packed KV cache; use 4, 8, 16 or 32")
+        raise ConfigError(
+            f"kv_bits: {quantization.kv_bits} has no packed KV cache; use 4, 8, 16 or 32"
+        )
     heads, head_dim = config.num_key_value_heads, config.head_dim  # type: ignore[attr-defined]
     bits = min(quantization.kv_bits, 16)
     return [
         qk.KVCache.allocate(
-            slots, heads, max_len, head_dim, bits=bits, mode=quantization.kv_mode, device=device, dtype=dtype
+            slots,
+            heads,
+            max_len,
+            head_dim,
+            bits=bits,
+            mode=quantization.kv_mode,
+            device=device,
+            dtype=dtype,
         )
         for _ in range(config.num_hidden_layers)  # type: ignore[attr-defined]
     ]

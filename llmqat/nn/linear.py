@@ -1,11 +1,12 @@
 """The two linears of the method: trained (`QATLinear`) and packed (`QuantizedLinear`).
 
-Both compute spec 7 through `llmqat_kernels`, so for the same weights, inputs and dtype their outputs are equal
-bit for bit (with 16-bit activations both are float products of the same dequantized weight).
+Both compute spec 7 through `llmqat_kernels`, so for the same weights, inputs and dtype their
+outputs are equal bit for bit (with 16-bit activations both are float products of the same
+dequantized weight).
 
-Autocast: the operators do not know about it, so both modules cast a float input to the autocast dtype first, as
-`nn.Linear` does, and return that dtype. The weight is quantized from its own precision (fp32 masters), never from
-an autocast copy.
+Autocast: the operators do not know about it, so both modules cast a float input to the autocast
+dtype first, as `nn.Linear` does, and return that dtype. The weight is quantized from its own
+precision (fp32 masters), never from an autocast copy.
 """
 
 from __future__ import annotations
@@ -24,27 +25,28 @@ from llmqat.config import QATConfig, QuantSpec
 from llmqat.errors import ConfigError
 
 _SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_BITS_OFF = 16
+_OFF = QuantSpec(16)
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What one linear does: weights [N, K] per row or group, inputs per token, and outputs per token.
+    """What one linear does: weights [N, K] per row or group, inputs per token, and outputs per
+    token.
 
-    `output` is the `paper` KV mode on k_proj and v_proj: the whole output row of a token, which holds all KV
-    heads before RoPE, is one row of `quantize` (spec 9).
+    `output` is the `paper` KV mode on k_proj and v_proj: the whole output row of a token, which
+    holds all KV heads before RoPE, is one row of `quantize` (spec 9).
     """
 
     weight: QuantSpec
     activation: QuantSpec
-    output: QuantSpec = QuantSpec(_BITS_OFF)
+    output: QuantSpec = _OFF
     ste_clip: float | None = None
 
     @classmethod
     def from_config(cls, config: QATConfig, *, is_kv: bool = False) -> LinearSpec:
         """The linear of a model quantized by `config`; `is_kv` marks k_proj and v_proj."""
         paper_kv = is_kv and config.kv_mode == "paper"
-        output = config.kv if paper_kv else QuantSpec(_BITS_OFF)
+        output = config.kv if paper_kv else _OFF
         return cls(config.weight, config.activation, output, config.ste_clip)
 
     @property
@@ -78,8 +80,10 @@ def _quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
     return qk.fake_quantize(y, spec.output.bits, ste_clip=spec.ste_clip)
 
 
-# Optimizers may write parameters without telling autograd (`p.data`, fused kernels of other packages), which
-# leaves the version counter alone. Every `Optimizer.step` therefore starts a new epoch, and old codes with it.
+# Optimizers may write parameters without telling autograd (`p.data`, fused kernels of other
+# packages), which
+# leaves the version counter alone. Every `Optimizer.step` therefore starts a new epoch, and old
+# codes with it.
 _optimizer_epoch = 0
 
 
@@ -104,10 +108,10 @@ class _CachedCodes:
 class QATLinear(nn.Linear):
     """An `nn.Linear` that trains through quantization; parameter names are unchanged (spec 6, 7).
 
-    The codes of the weight are computed once per value of the weight and shared by micro-batches, activation
-    checkpointing and backward. They are found stale by tensor, address, version counter and optimizer steps; after
-    writing through `weight.data` in any other way call :func:`clear_weight_cache`. While torch.compile traces,
-    nothing is cached.
+    The codes of the weight are computed once per value of the weight and shared by micro-batches,
+    activation checkpointing and backward. They are found stale by tensor, address, version counter
+    and optimizer steps; after writing through `weight.data` in any other way call
+    :func:`clear_weight_cache`. While torch.compile traces, nothing is cached.
     """
 
     spec: LinearSpec
@@ -124,7 +128,9 @@ class QATLinear(nn.Linear):
             raise ConfigError(f"expected a plain nn.Linear, found {type(linear).__name__}")
         group = spec.weight.group_size
         if spec.weight.enabled and group != -1 and linear.in_features % group:
-            raise ConfigError(f"group_size: {group} does not divide the {linear.in_features} input columns")
+            raise ConfigError(
+                f"group_size: {group} does not divide the {linear.in_features} input columns"
+            )
         linear.__class__ = cls
         adopted: QATLinear = linear  # type: ignore[assignment]
         adopted.spec = spec
@@ -132,7 +138,9 @@ class QATLinear(nn.Linear):
         return adopted
 
     def weight_codes(self) -> tuple[Tensor, Tensor]:
-        """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec 3, 4)."""
+        """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec
+        3, 4).
+        """
         weight = self.weight
         if torch.compiler.is_compiling() or weight.is_meta or weight.is_inference():
             return self._quantize_weight()
@@ -149,7 +157,10 @@ class QATLinear(nn.Linear):
     def _quantize_weight(self) -> tuple[Tensor, Tensor]:
         weight = self.spec.weight
         return qk.quantize(
-            self.weight.detach(), weight.bits, group_size=weight.group_size, scale_dtype=self.spec.scale_dtype
+            self.weight.detach(),
+            weight.bits,
+            group_size=weight.group_size,
+            scale_dtype=self.spec.scale_dtype,
         )
 
     def clear_cache(self) -> None:
@@ -212,7 +223,9 @@ class QATLinear(nn.Linear):
 
 
 def clear_weight_cache(model: nn.Module) -> None:
-    """Forget the weight codes of every QATLinear, after writing weights behind autograd's back (`weight.data`)."""
+    """Forget the weight codes of every QATLinear, after writing weights behind autograd's back
+    (`weight.data`).
+    """
     for module in model.modules():
         if isinstance(module, QATLinear):
             module.clear_cache()
@@ -221,7 +234,8 @@ def clear_weight_cache(model: nn.Module) -> None:
 class QuantizedLinear(nn.Module):
     """A linear that holds codes instead of a weight; inference only (spec 7, 8).
 
-    Buffers: `weight_codes` int8 [N, K], or for 4 bits packed uint8 [N, ceil(K / 2)]; `weight_scale` fp32 [N] or
+    Buffers: `weight_codes` int8 [N, K], or for 4 bits packed uint8 [N, ceil(K / 2)]; `weight_scale`
+        fp32 [N] or
     [N, K / group_size], which stays fp32 through `.to(dtype)`. `bias` is a parameter [N] or None.
     """
 
@@ -230,7 +244,14 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, spec: LinearSpec, *, bias: Tensor | None, codes: Tensor, scale: Tensor
+        self,
+        in_features: int,
+        out_features: int,
+        spec: LinearSpec,
+        *,
+        bias: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -238,13 +259,17 @@ class QuantizedLinear(nn.Module):
         self.spec = spec
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", scale)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        )
 
     @classmethod
     def from_codes(
         cls, codes: Tensor, scale: Tensor, spec: LinearSpec, *, bias: Tensor | None = None
     ) -> QuantizedLinear:
-        """From int8 codes [N, K] and scales fp32 [N] or [N, groups]; 4-bit codes are packed, two a byte."""
+        """From int8 codes [N, K] and scales fp32 [N] or [N, groups]; 4-bit codes are packed, two a
+        byte.
+        """
         n, k = codes.shape
         stored = qk.pack_int4(codes) if spec.weight.bits == 4 else codes
         return cls(k, n, spec, bias=bias, codes=stored, scale=scale)
@@ -264,8 +289,17 @@ class QuantizedLinear(nn.Module):
         return converted
 
     @classmethod
-    def empty(cls, in_features: int, out_features: int, spec: LinearSpec, *, bias_dtype: torch.dtype | None) -> QuantizedLinear:
-        """Buffers without data, on the default device (a loader's meta device); `bias_dtype` None for no bias."""
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        spec: LinearSpec,
+        *,
+        bias_dtype: torch.dtype | None,
+    ) -> QuantizedLinear:
+        """Buffers without data, on the default device (a loader's meta device); `bias_dtype` None
+        for no bias.
+        """
         packed = spec.weight.bits == 4
         columns = (in_features + 1) // 2 if packed else in_features
         groups = () if spec.weight.group_size == -1 else (in_features // spec.weight.group_size,)
@@ -286,7 +320,12 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] that the codes stand for (spec 5)."""
-        return qk.dequantize(self.int8_codes(), self.weight_scale, group_size=self.spec.weight.group_size, dtype=dtype)
+        return qk.dequantize(
+            self.int8_codes(),
+            self.weight_scale,
+            group_size=self.spec.weight.group_size,
+            dtype=dtype,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x float [..., K] -> [..., N] in x's dtype (the autocast dtype under autocast)."""
@@ -304,12 +343,16 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec.describe()}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias},"
+            f" {self.spec.describe()}"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         scale = self.weight_scale
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
-            # `.to(bfloat16)` is meant for the float tensors of a model; a rounded scale would be another grid.
+            # `.to(bfloat16)` is meant for the float tensors of a model; a rounded scale would be
+            # another grid.
             self.weight_scale = scale.to(self.weight_scale.device)
         return self

@@ -1,8 +1,9 @@
-"""Health of a quantization-aware training run: are the codes still moving, and do gradients still arrive?
+"""Health of a training run: are the codes still moving, and do gradients still arrive?
 
-A run can have a falling loss and still be sick: codes that never flip mean that the learning rate cannot
-move a weight across a rounding boundary; a large share at the ends of the range means that rows are
-dominated by outliers; a large share of zeroed gradients means that `ste_clip` cuts real signal.
+A run can have a falling loss and still be sick: codes that never flip mean that the learning rate
+cannot move a weight across a rounding boundary; a large share at the ends of the range means that
+rows are dominated by outliers; a large share of zeroed gradients means that `ste_clip` cuts real
+signal.
 """
 
 from __future__ import annotations
@@ -72,25 +73,29 @@ def _add(counts: Counts, metric: str, group: str, count: Count) -> None:
 
 
 class HealthMonitor:
-    """Counts over the `QATLinear` layers of a prepared model, by layer group (q_proj, ..., down_proj) and overall.
+    """Counts over the `QATLinear` layers of a prepared model, overall and by group (q_proj, ...).
 
     `report()` gives, as shares in [0, 1]:
 
     * `health/flipped`: weight codes that differ from those of the previous report (or `reset`);
     * `health/weight_saturated`, `health/activation_saturated`: codes at the ends of their range;
-    * `health/weight_clipped`, `health/activation_clipped`: gradients zeroed by `ste_clip`, where it is set;
+    * `health/weight_clipped`, `health/activation_clipped`: gradients zeroed by `ste_clip`, where it
+      is set;
 
-    each followed by `/<group>` for one group. Activations are those seen under `watch()`. The codes are the
-    layers' own (`QATLinear.weight_codes`), which the next forward uses anyway; one int8 copy of all is kept.
+    each followed by `/<group>` for one group. Activations are those seen under `watch()`. The codes
+    are the layers' own (`QATLinear.weight_codes`), which the next forward uses anyway; one int8
+    copy of all is kept.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLinear)}
+        self.layers = {
+            name: module for name, module in model.named_modules() if isinstance(module, QATLinear)
+        }
         self._codes: dict[str, Tensor] = {}
         self._activations = _empty()
 
     def reset(self) -> None:
-        """Take the present codes as those of the previous report and forget the activations seen."""
+        """Take the present codes as those of the previous report; forget the activations seen."""
         self._codes = {name: layer.weight_codes()[0] for name, layer in self._quantized_weights()}
         self._activations = _empty()
 
@@ -101,7 +106,9 @@ class HealthMonitor:
     def watch(self, active: bool = True) -> Iterator[None]:
         """Count the inputs of every layer inside the block; does nothing unless `active`."""
         layers = self.layers.items() if active else ()
-        handles = [layer.register_forward_pre_hook(self._hook(_group(name))) for name, layer in layers]
+        handles = [
+            layer.register_forward_pre_hook(self._hook(_group(name))) for name, layer in layers
+        ]
         try:
             yield
         finally:
@@ -113,7 +120,12 @@ class HealthMonitor:
             spec, x = layer.spec, inputs[0].detach()
             if spec.activation.enabled:
                 codes, _ = qk.quantize(x, spec.activation.bits)
-                _add(self._activations, "activation_saturated", group, saturated(codes, spec.activation.bits))
+                _add(
+                    self._activations,
+                    "activation_saturated",
+                    group,
+                    saturated(codes, spec.activation.bits),
+                )
                 if spec.ste_clip is not None:
                     _add(self._activations, "activation_clipped", group, clipped(x, spec.ste_clip))
 

@@ -1,8 +1,9 @@
-"""Training losses by name: what a student's hidden states are pulled towards (LLM-QAT Eq. 4 and table 5).
+"""Training losses by name: what the student is pulled towards (LLM-QAT Eq. 4 and table 5).
 
-A loss reads a `LossInputs`: hidden states before the heads, never whole logits. Each walks over chunks of
-tokens, so [tokens, vocab] exists for one chunk at a time. A variant that needs more of the models (attention maps,
-hidden states of all layers) adds a field to `LossInputs` and an entry to `LOSSES`.
+A loss reads a `LossInputs`: hidden states before the heads, never whole logits. Each walks over
+chunks of tokens, so [tokens, vocab] exists for one chunk at a time. A variant that needs more of
+the models (attention maps, hidden states of all layers) adds a field to `LossInputs` and an entry
+to `LOSSES`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Loss:
 
 
 def _logits(inputs: LossInputs) -> Tensor:
-    """Cross entropy of the teacher's probabilities against the student's, temperature 1 (Eq. 4, spec 10)."""
+    """Cross entropy of teacher against student probabilities, temperature 1 (Eq. 4, spec 10)."""
     if inputs.teacher_hidden is None or inputs.teacher_head is None:
         raise ConfigError("loss: logits needs a teacher; give one or use label")
     return qk.distillation_loss(
@@ -85,13 +86,18 @@ def _label(inputs: LossInputs) -> Tensor:
     hidden = inputs.student_hidden[:, :-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     total = hidden.new_zeros((), dtype=torch.float32)
-    # The operands are in their final dtype already: autocast would only convert them back and forth.
+    # The operands are in their final dtype already: autocast would only convert them back and
+    # forth.
     with torch.autocast(hidden.device.type, enabled=False):
         for begin in range(0, labels.numel(), inputs.chunk_size):
             rows = slice(begin, begin + inputs.chunk_size)
             # Recomputed in backward: otherwise the logits of every chunk would be kept until then.
             total = total + checkpoint(
-                _chunk_cross_entropy, hidden[rows], inputs.student_head, labels[rows], use_reentrant=False
+                _chunk_cross_entropy,
+                hidden[rows],
+                inputs.student_head,
+                labels[rows],
+                use_reentrant=False,
             )
     return total / (labels != IGNORED_LABEL).sum().clamp(min=1)
 

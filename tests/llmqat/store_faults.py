@@ -1,61 +1,66 @@
 """Fault injection for the record store: kills, torn writes, power cuts, full disks. No torch.
 
-    python tests/llmqat/store_faults.py sweep SCRATCH     # every step of several runs, one kill each
+    python tests/llmqat/store_faults.py sweep SCRATCH     # every step of several runs, one strike each
+    python tests/llmqat/store_faults.py unsynced SCRATCH  # a few strikes at a writer that skips one fsync
     python tests/llmqat/store_faults.py sigkill SCRATCH   # SIGKILL from outside at random times
 
-Each prints one JSON object. The file operations of `llmqat.io` are plain `os` functions, so `Faults` replaces those
-in a forked child, counts the steps and strikes at a chosen one.
+Each prints one JSON object. `llmqat.io` calls plain `os` functions for every step that can matter, so `Faults`
+replaces those in a forked child, counts the steps and strikes at a chosen one.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
 import random
-import select
 import shutil
 import signal
 import stat
 import struct
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llmqat.data import Record, RecordWriter, open_dataset, store
+from llmqat import io
+from llmqat.data import Record, RecordWriter, journal, open_dataset, store
 
 STEPS = ("open", "write", "fsync", "replace", "rename", "unlink", "ftruncate")
-_REAL = {name: getattr(os, name) for name in STEPS}
+REAL = {name: getattr(os, name) for name in STEPS}
 CONFIG = {"teacher": "tiny", "seed": 3, "sampling": {"temperature": 1.0, "top_k": 0}}
 
 
-def make_record(record_id: int) -> Record:
-    """A record that is a function of its id, as generation makes them."""
-    rng = np.random.default_rng(record_id)
-    ids = rng.integers(0, 49152, int(rng.integers(1, 12)))
-    return Record(record_id, ids, int(ids[0]), 3 + record_id % 3, "hybrid", ("eos", "length")[record_id % 2])
+@dataclass
+class _Change:
+    """A change of names that a power cut may undo: `put_back` restores what was, from `spare` copies."""
+
+    folder: str
+    put_back: Callable[[], None]
 
 
 class Faults:
-    """Replaces the `os` file functions; at step `at` it strikes.
+    """Replaces the `os` file functions while active, counts their steps, strikes at step `at`.
 
     kind "before": SIGKILL before the step. "torn": a write is done by half, any other step whole, then SIGKILL.
-    "power": SIGKILL before the step, and what was not fsynced is lost: file tails, and the latest renames,
-    removals and creations since each folder's last fsync. "enospc": a write is done by half and fails.
-    None: only traces. `trace` lists (step, path), where the descriptors' paths are those at opening.
+    "power": SIGKILL before the step, and an arbitrary part of what was not fsynced is lost: tails of files, and
+    the latest creations, renames and removals since each folder's last fsync. "enospc": a write is done by half and
+    fails. None: nothing. `trace` lists (step, path); steps on descriptors show the path given to `open`.
+    `spare` is a folder for the copies that "power" needs.
     """
 
     def __init__(self, kind: str | None = None, at: int = -1, spare: Path | None = None) -> None:
         self.kind, self.at, self.spare = kind, at, spare
         self.trace: list[tuple[str, str]] = []
-        self.paths: dict[int, str] = {}
-        self.files: list[list[int]] = []  # [fd, own duplicate of it, synced size]
-        self.undo: list[tuple[str, str, str, str]] = []  # (folder, step, source, target)
-        self.rng = random.Random(at)
+        self._paths: dict[int, str] = {}
+        self._files: list[list[int]] = []  # [own duplicate, synced size]
+        self._changes: list[_Change] = []
+        self._random = random.Random(at)
 
     def __enter__(self) -> Faults:
         for name in STEPS:
@@ -64,88 +69,285 @@ class Faults:
 
     def __exit__(self, *_: object) -> None:
         for name in STEPS:
-            setattr(os, name, _REAL[name])
+            setattr(os, name, REAL[name])
+        for duplicate, _ in self._files:
+            os.close(duplicate)
 
-    def step(self, name: str, path: Any) -> bool:
-        """Count one step; True where a "torn" or "enospc" strike is due, no return from a kill."""
+    def _strikes(self, name: str, path: Any) -> bool:
+        """Count a step; True if the strike is due within it; does not return from a kill before it."""
         self.trace.append((name, str(path)))
         if len(self.trace) - 1 != self.at:
             return False
         if self.kind == "power":
-            self.cut_power()
+            self._cut_power()
         if self.kind in ("before", "power"):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.kind in ("torn", "enospc")
 
-    def die(self, due: bool) -> None:
-        if due and self.kind == "torn":
+    def _done(self, strike: bool) -> None:
+        if strike and self.kind == "torn":
             os.kill(os.getpid(), signal.SIGKILL)
 
     def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         creates = bool(flags & os.O_CREAT) and not os.path.exists(path)
-        due = creates and self.step("open", path)
-        fd = _REAL["open"](path, flags, mode)
-        self.paths[fd] = os.fspath(path)
+        strike = creates and self._strikes("open", path)
+        fd = REAL["open"](path, flags, mode)
+        self._paths[fd] = os.fspath(path)
         if flags & (os.O_WRONLY | os.O_RDWR):
-            self.files.append([fd, os.dup(fd), os.fstat(fd).st_size])
+            self._files.append([os.dup(fd), os.fstat(fd).st_size])
         if creates:
-            self.undo.append((os.path.dirname(path), "create", os.fspath(path), ""))
-        self.die(due)
-        return fd
+            self._changed(path, lambda: REAL["unlink"](path))
+        self._done(strike)
+        return int(fd)
 
     def write(self, fd: int, data: Any) -> int:
-        due = self.step("write", self.paths[fd])
-        if due:
-            _REAL["write"](fd, memoryview(data)[: len(data) // 2])
-            self.die(due)
+        if self._strikes("write", self._paths[fd]):
+            REAL["write"](fd, memoryview(data)[: len(data) // 2])
+            self._done(True)
             raise OSError(28, "No space left on device")
-        return _REAL["write"](fd, data)
+        return int(REAL["write"](fd, data))
 
     def fsync(self, fd: int) -> None:
-        due = self.step("fsync", self.paths[fd])
+        # Not done for real: a killed process leaves the page cache whole, and power cuts are modelled here.
+        strike = self._strikes("fsync", self._paths[fd])
         if stat.S_ISDIR(os.fstat(fd).st_mode):
-            self.undo = [entry for entry in self.undo if entry[0] != self.paths[fd]]
-        for entry in self.files:
-            if entry[0] == fd:
-                entry[2] = os.fstat(fd).st_size
-        self.die(due)
+            folder = self._paths[fd]
+            self._changes = [change for change in self._changes if change.folder != folder]
+        status = os.fstat(fd)
+        for entry in self._files:
+            if os.path.samestat(os.fstat(entry[0]), status):
+                entry[1] = status.st_size
+        self._done(strike)
 
     def ftruncate(self, fd: int, size: int) -> None:
-        due = self.step("ftruncate", self.paths[fd])
-        _REAL["ftruncate"](fd, size)
-        self.die(due)
+        strike = self._strikes("ftruncate", self._paths[fd])
+        REAL["ftruncate"](fd, size)
+        self._done(strike)
 
     def replace(self, source: Any, target: Any) -> None:
-        due = self.step("replace", target)
-        self.undo.append((os.path.dirname(target), "replace", os.fspath(source), os.fspath(target)))
-        self.back_up(target)
-        _REAL["replace"](source, target)
-        self.die(due)
+        strike = self._strikes("replace", target)
+        copy = self._copy(target)
+        REAL["replace"](source, target)
+
+        def put_back() -> None:
+            REAL["replace"](target, source)
+            if copy:
+                REAL["replace"](copy, target)
+
+        self._changed(target, put_back)
+        self._done(strike)
 
     rename = replace
 
     def unlink(self, path: Any) -> None:
-        due = os.path.exists(path) and self.step("unlink", path)
-        self.back_up(path)
-        self.undo.append((os.path.dirname(path), "unlink", os.fspath(path), os.fspath(path)))
-        _REAL["unlink"](path)
-        self.die(due)
+        strike = os.path.exists(path) and self._strikes("unlink", path)
+        copy = self._copy(path)
+        REAL["unlink"](path)
+        if copy:
+            self._changed(path, lambda: REAL["replace"](copy, path))
+        self._done(strike)
 
-    def back_up(self, path: Any) -> None:
-        if self.spare is not None and os.path.exists(path):
-            os.link(path, self.spare / f"{len(self.trace)}")
-            folder, step, source, target = self.undo.pop() if self.undo else ("", "", "", "")
-            self.undo.append((folder, step, source, target))
+    def _copy(self, path: Any) -> Path | None:
+        if self.spare is None or not os.path.exists(path):
+            return None
+        copy = self.spare / str(len(self.trace))
+        os.link(path, copy)
+        return copy
 
-    def cut_power(self) -> None:
-        """Bring the disk to a state that a power cut here may leave."""
-        for _, fd, synced in self.files:
-            size = os.fstat(fd).st_size
+    def _changed(self, path: Any, put_back: Callable[[], None]) -> None:
+        self._changes.append(_Change(os.path.dirname(path), put_back))
+
+    def _cut_power(self) -> None:
+        for duplicate, synced in self._files:
+            size = os.fstat(duplicate).st_size
             if size > synced:
-                _REAL["ftruncate"](fd, self.rng.randint(synced, size))
-        lost = self.rng.randint(0, len(self.undo))
-        for _, step, source, target in reversed(self.undo[len(self.undo) - lost :]):
-            if step == "create" and os.path.exists(source):
-                _REAL["unlink"](source)
-            elif step == "replace" and os.path.exists(target):
-                _REAL["replace"](target, source)
+                REAL["ftruncate"](duplicate, self._random.randint(synced, size))
+        kept = self._random.randint(0, len(self._changes))
+        for change in reversed(self._changes[kept:]):
+            change.put_back()
+
+
+def make_record(record_id: int) -> Record:
+    """A record that is a function of its id, as generation makes them."""
+    rng = random.Random(record_id)
+    ids = [rng.randrange(49152) for _ in range(rng.randint(1, 12))]
+    reason = ("eos", "length")[record_id % 2]
+    return Record(record_id, ids, ids[0], 3 + record_id % 3, "hybrid", reason)
+
+
+def run(
+    folder: Path,
+    records: int,
+    per_part: int,
+    seed: int,
+    stored: Callable[[list[int]], None] = lambda ids: None,
+    pause: float = 0.0,
+) -> list[int]:
+    """Make what is missing, out of order and in uneven batches; returns the ids that were made."""
+    made = []
+    with RecordWriter(folder, CONFIG, records=records, records_per_part=per_part) as writer:
+        rng = random.Random(seed)
+        todo = sorted(writer.missing(), key=lambda i: i + rng.uniform(0, 2.5 * per_part))
+        while todo:
+            size = rng.randint(1, 4)
+            batch, todo = todo[:size], todo[size:]
+            if pause:
+                time.sleep(pause)
+            writer.write([make_record(i) for i in batch])
+            stored(batch)
+            made += batch
+    return made
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash over the names and bytes of everything in `folder` but the quarantine."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "quarantine" not in path.parts:
+            total.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+@contextmanager
+def child(work: Callable[[Callable[[list[int]], None]], object]) -> Iterator[tuple[int, int]]:
+    """Fork; `work(stored)` runs in the child. Yields (pid, pipe of the ids that were reported as stored)."""
+    out, into = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(out)
+            work(lambda ids: REAL["write"](into, struct.pack(f"<{len(ids)}q", *ids)))
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"child: {error!r}\n")
+        os._exit(1)
+    os.close(into)
+    try:
+        yield pid, out
+    finally:
+        os.close(out)
+
+
+def reap(pid: int, out: int) -> tuple[int, list[int]]:
+    """Wait for the child: (its signal or exit status, the ids it reported)."""
+    data = b""
+    while chunk := os.read(out, 1 << 16):
+        data += chunk
+    status = os.waitpid(pid, 0)[1]
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return code, list(struct.unpack(f"<{len(data) // 8}q", data))
+
+
+class Tally:
+    """Counts of what went wrong, over all kills."""
+
+    def __init__(self) -> None:
+        self.result = {
+            "points": 0,
+            "killed": 0,
+            "lost": 0,
+            "repeated": 0,
+            "wrong_files": 0,
+            "failed_children": 0,
+        }
+
+    def killed(self, code: int) -> None:
+        self.result["killed"] += code == -signal.SIGKILL
+        self.result["failed_children"] += code > 0
+
+    def finished(self, folder: Path, acked: list[list[int]], records: int, expected: str) -> None:
+        """`acked` holds the ids that each life of the writer reported; together each id once."""
+        every = [i for ids in acked for i in ids]
+        self.result["repeated"] += len(every) - len(set(every))
+        if fingerprint(folder) != expected:
+            self.result["wrong_files"] += 1
+            found = {record.record_id for record in open_dataset(folder, allow_missing=True)}
+            self.result["lost"] += records - len(found)
+
+
+def sweep(
+    scratch: Path, seeds: int = 4, stride: int = 1, records: int = 19, per_part: int = 5
+) -> dict[str, int]:
+    """Strike at every `stride`-th step of `seeds` different runs, in three ways, then resume.
+
+    Every third time the resuming process is struck too, at a step that wanders over its whole run.
+    """
+    tally = Tally()
+    folder, spare = scratch / "data", scratch / "spare"
+    for seed in range(seeds):
+        shutil.rmtree(folder, ignore_errors=True)
+        with Faults() as faults:
+            run(folder, records, per_part, seed)
+        expected, steps = fingerprint(folder), len(faults.trace)
+        assert [record.record_id for record in open_dataset(folder)] == list(range(records))
+        for point in (p for p in range(3 * steps) if p // 3 % stride == 0):
+            shutil.rmtree(folder, ignore_errors=True)
+            acked = []
+            strikes = [point // 3] + ([point * 7 % steps] if point // 3 % 3 == 0 else [])
+            for at in strikes:
+                shutil.rmtree(spare, ignore_errors=True)
+                spare.mkdir()
+                kind = ("before", "torn", "power")[point % 3]
+
+                def work(stored: Callable[[list[int]], None], kind: str = kind, at: int = at) -> None:
+                    with Faults(kind, at, spare if kind == "power" else None):
+                        run(folder, records, per_part, seed, stored)
+
+                with child(work) as (pid, out):
+                    code, ids = reap(pid, out)
+                tally.killed(code)
+                acked.append(ids)
+            with Faults():
+                acked.append(run(folder, records, per_part, seed))
+            tally.result["points"] += 1
+            tally.finished(folder, acked, records, expected)
+    return tally.result
+
+
+def unsynced(scratch: Path) -> dict[str, int]:
+    """A short sweep of a writer whose journal is not fsynced: the sweep must notice the power cuts."""
+
+    def append(self: journal.Journal, payloads: Iterable[bytes]) -> None:
+        data = b"".join(journal._frame(payload) for payload in payloads)
+        io.write_all(self._fd, data)
+        self.size += len(data)
+
+    journal.Journal.append = append  # type: ignore[method-assign]
+    return sweep(scratch, seeds=1, stride=6)
+
+
+def sigkill(scratch: Path, kills: int = 30, records: int = 300) -> dict[str, int]:
+    """SIGKILL a writer (real fsyncs) at random times, over and over until the dataset is whole."""
+    tally = Tally()
+    folder = scratch / "data"
+    rng = random.Random(0)
+    run(folder, records, 16, seed=0)
+    expected = fingerprint(folder)
+    while tally.result["killed"] < kills:
+        shutil.rmtree(folder)
+        acked: list[list[int]] = []
+        code = -1
+        while code != 0:
+            # 2 ms per batch: several lives per dataset, kills anywhere in it
+            work = lambda stored: run(folder, records, 16, 0, stored, pause=0.002)  # noqa: E731
+            with child(work) as (pid, out):
+                if tally.result["killed"] < kills:
+                    time.sleep(rng.uniform(0.0, 0.12))
+                    os.kill(pid, signal.SIGKILL)
+                code, ids = reap(pid, out)
+            tally.killed(code)
+            tally.result["points"] += 1
+            acked.append(ids)
+            if code > 0:
+                return tally.result
+        tally.finished(folder, acked, records, expected)
+    return tally.result
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    gc.disable()  # a collection in a child would copy the parent's pages
+    store._COMPACT_BYTES = 64  # so that small runs rewrite their journals too
+    place = Path(sys.argv[2])
+    print(json.dumps({"sweep": sweep, "unsynced": unsynced, "sigkill": sigkill}[sys.argv[1]](place)))

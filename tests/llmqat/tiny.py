@@ -1,4 +1,6 @@
-"""Tiny random LLaMA models for tests: seconds to nothing, logits far from uniform (initializer_range 0.2)."""
+"""Tiny random LLaMA models for tests: seconds to nothing, logits far from uniform
+(initializer_range 0.2).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def tiny_llama(
     dtype: torch.dtype = torch.float32,
     **fields: Any,
 ) -> LlamaForCausalLM:
-    """A LLaMA in eval mode. `kv_heads == heads` is MHA; `bias` gives every linear of a block a random bias."""
+    """A LLaMA in eval mode. `kv_heads == heads` is MHA; `bias` gives every linear of a block a
+    random bias.
+    """
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=heads * head_dim,

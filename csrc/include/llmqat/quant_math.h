@@ -9,6 +9,7 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
+#include <cuda_fp16.h>
 #define LLMQAT_HD __host__ __device__ __forceinline__
 #else
 #define LLMQAT_HD inline
@@ -84,6 +85,9 @@ LLMQAT_HD float to_float(float v) { return v; }
 LLMQAT_HD float to_float(bf16 v) { return bits_float(static_cast<uint32_t>(v.bits) << 16); }
 
 LLMQAT_HD float to_float(fp16 v) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(v.bits));
+#else
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = v.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) {  // Inf, NaN (made quiet, payload kept: what vcvtph2ps does)
@@ -95,6 +99,7 @@ LLMQAT_HD float to_float(fp16 v) {
   }
   // Zero and denormals: magnitude * 2^-24 is exact.
   return bits_float(sign | float_bits(mul_rn(static_cast<float>(magnitude), 0x1p-24f)));
+#endif
 }
 
 LLMQAT_HD bf16 to_bf16(float v) {
@@ -160,8 +165,12 @@ LLMQAT_HD RowScale row_scale(uint32_t amax_bits, int bits, bool bf16_scale) {
 // Spec 4: one code. The clamp between the multiply and the rounding also stops contraction.
 LLMQAT_HD int8_t quantize_code(float x, float inv, float limit) {
   float v = mul_rn(x, inv);
+#if defined(__CUDA_ARCH__)
+  v = fminf(fmaxf(v, -limit), limit);
+#else
   v = v < -limit ? -limit : v;
   v = v > limit ? limit : v;
+#endif
   const uint32_t rounded = float_bits(add_rn(v, kRoundMagic));
   return static_cast<int8_t>(static_cast<int32_t>(rounded) - kRoundMagicBits);
 }

@@ -1,0 +1,76 @@
+"""Interleaved timing: A B A B ..., so that a ratio holds when the machine's speed drifts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after ``warmup`` rounds that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(warmup + rounds):
+        for name, function in candidates.items():
+            start = time.perf_counter()
+            function()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile (extremes where there are few values)."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        "p50": statistics.median(ordered),
+        "p20": ordered[round(0.2 * last)],
+        "p80": ordered[round(0.8 * last)],
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where a figure comes from: processor, versions, commit, date."""
+    import transformers
+
+    from llmqat_kernels import native
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "processor": _processor(),
+        "isa": native.isa() if native.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or None,
+        "date": date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write ``results/<name>.json`` with the environment; returns the path."""
+    from llmqat.io import write_json
+
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"environment": environment(), **result})
+    return path

@@ -1,0 +1,85 @@
+// y = x @ w.T in fp32 with weights in float panels (spec 17): the teacher's GEMM and the head.
+//
+// Math:    y[m, n] = fma(x[m, K-1], w[n, K-1], ... fma(x[m, 0], w[n, 0], 0)), then add(y, bias[n]), one cast.
+// Shapes:  x [M, K] fp32; w panels [N / 16][K][16] in fp32 or bf16 (widened by a shift, exact), or row-major
+//          codes with scales, dequantized to panels on the way (the A16 form of spec 7); y [M, N].
+//          Work unit: one panel of 16 channels for a range of rows.
+// Tiling:  R rows x P panels, at most 28 accumulators of 32 registers (14 x 2 for many rows: 28 FMA on 16
+//          loads); one row takes 8 panels: two FMA a cycle of latency 4 need 8 chains, and 8 memory
+//          streams fill the bus. K in slices of 1024 and panels in groups of 512 KiB keep the weights in
+//          L2 while all rows pass; the partial sums of a slice go on from where the last one stopped.
+// Cost:    2*M*N*K flops; one row reads N*K*4 (bf16: 2) bytes.
+// Numerics: one chain over k ascending for every output: the same bits for every batch size, cut, thread
+//          count and instruction set. bf16 storage gives the bits of the same weights in fp32.
+// Edges:   M, N or K = 0; N is padded to whole panels with zeros that are computed and not stored.
+// Tests:   tests/kernels/test_matmul_native.py
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+#include "quantized_matmul_tile.h"
+#include "repack.h"
+
+namespace llmqat::cpu {
+
+inline constexpr int kMaxFloatRows = 14;
+inline constexpr int kMaxFloatPanels = 8;
+inline constexpr int kMaxFloatCells = 28 * kFloatPanel;  // rows * panels <= 28 in every tile
+
+struct FloatTileArgs {
+  const float* x;
+  int64_t ldx;
+  const void* panel;     // first k of the slice in the first panel
+  int64_t panel_stride;  // elements between panels
+  int64_t k;             // of the slice
+  bool resume;           // sums go on from out instead of 0
+  float* out;            // [rows, panels * 16]
+  int64_t ldo;
+};
+
+struct FloatKernels {
+  int max_rows;
+  int (*tile_panels)(int rows);  // powers of two; smaller powers are tiles, too
+  void (*tile_f32)(int rows, int panels, const FloatTileArgs& args);
+  void (*tile_bf16)(int rows, int panels, const FloatTileArgs& args);
+};
+
+const FloatKernels& float_kernels(Isa isa);
+extern const FloatKernels kFloatKernelsAvx2;
+extern const FloatKernels kFloatKernelsAvx512;
+
+enum class RoundTo { none, bfloat16, float16 };
+
+struct FloatProblem {
+  const float* x;
+  int64_t m, n, k;
+  const void* w;  // panels behind the header, or row-major codes
+  Layout layout;
+  const float* w_scale = nullptr;  // codes only: [N, K / group_size]
+  int64_t group_size = 0;          // codes only
+  RoundTo round = RoundTo::none;   // codes only: dtype of the dequantized weight
+  const float* bias;
+  OutType out_type;
+  void* y;
+};
+
+class FloatMatmul {
+ public:
+  explicit FloatMatmul(const FloatProblem& problem);
+  int64_t panels() const { return ceil_div(p_.n, kFloatPanel); }
+  // Computes y[row_begin:row_end, 16 * panel_begin : 16 * panel_end]. Safe to call from several threads.
+  void run(int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) const;
+
+ private:
+  void run_group(const void* panels, int64_t first_panel, int64_t count, int64_t row_begin, int64_t row_end) const;
+  void dequantize(int64_t panel, float* out) const;
+
+  FloatProblem p_;
+  Isa isa_;
+  const FloatKernels& kernels_;
+  const TileEnd& end_;
+  bool bf16_;
+};
+
+}  // namespace llmqat::cpu

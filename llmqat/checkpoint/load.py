@@ -1,0 +1,342 @@
+"""Reading a model folder, strictly: packed, prepared, or a plain LLaMA of transformers.
+
+Order: config.json, manifest (sizes, then SHA-256), tensor headers against the exact expectation,
+    and only then
+memory and data. The model is built from checked numbers on the meta device; every tensor must
+arrive.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from llmqat.checkpoint.architecture import Architecture, parse_architecture
+from llmqat.checkpoint.format import (
+    CONFIG,
+    EMBEDDING,
+    FLOATS,
+    GENERATION_CONFIG,
+    HEAD,
+    INDEX,
+    SINGLE,
+    TORCH_DTYPES,
+    TensorRule,
+    check_tensors,
+    decode_linear,
+    expected_tensors,
+    linear_shape,
+    quantization_config,
+)
+from llmqat.checkpoint.manifest import check_no_strangers, read_manifest
+from llmqat.checkpoint.validate import (
+    MAX_INDEX_BYTES,
+    PICKLE_SUFFIXES,
+    SHARD_NAME,
+    TensorInfo,
+    printable,
+    read_header,
+    read_json,
+    regular_file,
+)
+from llmqat.config import QATConfig
+from llmqat.convert import prepare, swap_empty
+from llmqat.errors import CheckpointError, ConfigError
+from llmqat.models import compat
+from llmqat.models.families import iter_linears
+from llmqat.state import PACKED, PREPARED, State
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder: what it describes, and where each tensor is."""
+
+    folder: Path
+    arch: Architecture
+    state: State | None
+    rules: dict[str, TensorRule]
+    tensors: dict[str, TensorInfo]
+    files: dict[str, str]
+
+    @property
+    def packed(self) -> QATConfig | None:
+        """The settings of a packed checkpoint; None for float weights."""
+        return self.state.config if self.state is not None and self.state.stage == PACKED else None
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Load a LLaMA: converted from a packed folder, prepared from a prepared one, plain from any
+    other.
+
+    Args:
+        dtype: type of the float tensors that are not quantized; None keeps what is stored.
+        device: where the model goes; everything is read and checked on the CPU.
+
+    Returns:
+        A `LlamaForCausalLM` in eval mode.
+
+    Raises:
+        CheckpointError: one line that names the file and what to do; nothing of the folder is
+            executed.
+    """
+    if dtype is not None and dtype not in {TORCH_DTYPES[name] for name in FLOATS}:
+        raise ConfigError(
+            f"dtype: {dtype} is not supported; use float32, float16 or bfloat16, or None"
+        )
+    checkpoint = inspect(directory)
+    model = _build(checkpoint, dtype)
+    _fill(model, checkpoint, dtype)
+    _generation_config(model, checkpoint.folder)
+    return model.to(device)
+
+
+def inspect(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Check a folder without allocating or reading any tensor (file hashes are verified)."""
+    folder = _folder(directory)
+    raw = read_json(folder, CONFIG)
+    where = str(folder / CONFIG)
+    arch = parse_architecture(raw, where)
+    state = _state(raw, where)
+    packed = state is not None and state.stage == PACKED
+    manifest = read_manifest(folder, required=packed)
+    if packed:
+        check_no_strangers(folder, manifest or {})
+    rules = _with_context(
+        where, expected_tensors, arch, state.config if state is not None and packed else None
+    )
+    files, tensors = _locate(folder, manifest)
+    check_tensors(tensors, rules, str(folder))
+    return Checkpoint(folder, arch, state, rules, tensors, files)
+
+
+def _folder(directory: str | os.PathLike[str]) -> Path:
+    try:
+        folder = Path(directory)
+        is_dir = folder.is_dir()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"directory: {printable(directory)} is not a path") from error
+    if not is_dir:
+        raise CheckpointError(f"directory: {folder} is not a folder{_interrupted(folder)}")
+    return folder
+
+
+def _interrupted(folder: Path) -> str:
+    saved = sorted(folder.absolute().parent.glob(f".{folder.name}.old-*")) if folder.name else []
+    return (
+        f"; a save was interrupted, rename {saved[-1].name} to {folder.name}"
+        if saved
+        else "; name a local model folder"
+    )
+
+
+def _with_context(where: str, function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _state(raw: Mapping[str, Any], where: str) -> State | None:
+    quantization = raw.get("quantization_config")
+    if raw.get("llmqat") is None:
+        if quantization is not None:
+            raise CheckpointError(
+                f"{where}: quantization_config without an llmqat section; only our own packing is"
+                " read"
+            )
+        return None
+    state: State = _with_context(where, State.from_dict, raw["llmqat"])
+    expected = None
+    if state.stage == PACKED:
+        _with_context(where, state.config.check_packable)
+        expected = quantization_config(state.config)
+    # Compared as JSON text types: True == 1 in Python, but not in a config.
+    if _typed(quantization) != _typed(expected):
+        raise CheckpointError(
+            f"{where}: quantization_config does not say the same as the llmqat section"
+        )
+    return state
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    return (type(value).__name__, value)
+
+
+def _locate(
+    folder: Path, manifest: Mapping[str, int] | None
+) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Which file holds which tensor, and all checked headers."""
+    if os.path.lexists(folder / INDEX):
+        if os.path.lexists(folder / SINGLE):
+            raise CheckpointError(
+                f"{folder}: has both {SINGLE} and {INDEX}; remove the one that is out of date"
+            )
+        return _locate_shards(folder, manifest)
+    if not os.path.lexists(folder / SINGLE):
+        pickles = sorted(
+            name for name in os.listdir(folder) if name.lower().endswith(PICKLE_SUFFIXES)
+        )
+        if pickles:
+            raise CheckpointError(
+                f"{folder / pickles[0]}: such files can run code when read; convert it to"
+                " safetensors"
+            )
+        raise CheckpointError(f"{folder}: has no {SINGLE}; name a model folder")
+    _check_listed(folder, SINGLE, manifest)
+    tensors = read_header(folder, SINGLE)
+    return dict.fromkeys(tensors, SINGLE), tensors
+
+
+def _check_listed(folder: Path, name: str, manifest: Mapping[str, int] | None) -> None:
+    if manifest is not None and name not in manifest:
+        raise CheckpointError(
+            f"{folder / name}: is not in the manifest; write the checkpoint again"
+        )
+
+
+def _locate_shards(
+    folder: Path, manifest: Mapping[str, int] | None
+) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    where = str(folder / INDEX)
+    _check_listed(folder, INDEX, manifest)
+    weight_map = read_json(folder, INDEX, max_bytes=MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: weight_map must map tensors to files")
+    shards: dict[str, int] = {}
+    for file in weight_map.values():
+        match = SHARD_NAME.fullmatch(file) if isinstance(file, str) else None
+        if match is None:
+            raise CheckpointError(
+                f"{where}: shard name {printable(file)}; expected model-00001-of-00002.safetensors"
+            )
+        shards[file] = int(match[2])
+    names = {f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+    if set(shards) != names:
+        raise CheckpointError(
+            f"{where}: lists {len(shards)} shards that are not numbered 1 to {len(shards)}; copy"
+            " all files"
+        )
+    files: dict[str, str] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(shards):
+        _check_listed(folder, file, manifest)
+        for name, info in read_header(folder, file).items():
+            if weight_map.get(name) != file or name in tensors:
+                raise CheckpointError(
+                    f"{folder / file}: holds {name}, which the index does not place there"
+                )
+            files[name], tensors[name] = file, info
+    for name in weight_map:
+        if name not in tensors:
+            raise CheckpointError(
+                f"{where}: places {printable(name)} in {weight_map[name]}, which does not hold it"
+            )
+    return files, tensors
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
+    arch = checkpoint.arch
+    stored = TORCH_DTYPES[checkpoint.tensors[EMBEDDING].dtype]
+    try:
+        model = compat.build_llama(arch.fields, dtype or stored)
+    except (
+        Exception
+    ) as error:  # transformers checks the same numbers in its own way, with its own error classes
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint.folder / CONFIG}: transformers refuses it: {reason}"
+        ) from error
+    if checkpoint.packed is not None:
+        biases = {
+            name.removesuffix(".bias"): dtype or TORCH_DTYPES[info.dtype]
+            for name, info in checkpoint.tensors.items()
+            if name.endswith(".bias")
+        }
+        swap_empty(model, checkpoint.packed, biases)
+    return model
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+    state = dict(_read_model(model, checkpoint, dtype))
+    if checkpoint.arch.tied:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, strict=True, assign=True)
+    if checkpoint.arch.tied:
+        compat.tie_head(model)
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if left:
+        raise CheckpointError(
+            f"{checkpoint.folder}: no data for {left[0]}; write the checkpoint again"
+        )
+    if checkpoint.state is not None and checkpoint.state.stage == PREPARED:
+        _with_context(str(checkpoint.folder / CONFIG), prepare, model, checkpoint.state.config)
+
+
+def _read_model(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every entry of the model's state dict, from the files."""
+    with ExitStack() as stack:
+        readers = {}
+        for file in sorted(set(checkpoint.files.values())):
+            path = regular_file(checkpoint.folder, file)
+            try:
+                readers[file] = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{checkpoint.folder / file}: {str(error).splitlines()[0][:120]}"
+                ) from error
+
+        def read(name: str) -> Tensor:
+            return readers[checkpoint.files[name]].get_tensor(name)
+
+        taken = {HEAD} if checkpoint.arch.tied else set()
+        packed = checkpoint.packed
+        if packed is not None:
+            for name, short, _ in iter_linears(model, checkpoint.arch.family):
+                keys = (
+                    ("weight_packed", "weight_scale", "weight_shape")
+                    if packed.w_bits == 4
+                    else ("weight", "weight_scale")
+                )
+                shape = linear_shape(checkpoint.arch, short, packed)
+                codes, scale = decode_linear(
+                    {key: read(f"{name}.{key}") for key in keys}, shape, name
+                )
+                taken.update(f"{name}.{key}" for key in keys)
+                yield f"{name}.weight_codes", codes
+                yield f"{name}.weight_scale", scale
+        for name in checkpoint.tensors:
+            if name not in taken and not name.endswith("rotary_emb.inv_freq"):
+                tensor = read(name)
+                yield name, tensor if dtype is None else tensor.to(dtype)
+
+
+def _generation_config(model: nn.Module, folder: Path) -> None:
+    if not os.path.lexists(folder / GENERATION_CONFIG):
+        return
+    fields = read_json(folder, GENERATION_CONFIG)
+    try:
+        model.generation_config = compat.generation_config(fields)  # type: ignore[assignment]
+    except Exception as error:  # transformers raises several classes for malformed fields
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder / GENERATION_CONFIG}: {reason}") from error

@@ -1,0 +1,184 @@
+"""``llmqat generate-data``: the teacher writes token records, batched over a KV cache, resumable
+and shardable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llmqat import __version__, io
+from llmqat.data.generate import Recipe, fill, run_config, usable_first_tokens
+from llmqat.data.store import RecordWriter, parse_shard
+from llmqat.errors import ConfigError
+from llmqat.runtime.engine import Engine
+from llmqat.runtime.loading import (
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    parse_device,
+    parse_dtype,
+    set_threads,
+    stop_ids,
+)
+
+
+@dataclass
+class GenerateDataArguments:
+    """Options of ``llmqat generate-data``."""
+
+    model: str = field(metadata={"help": "Teacher: a folder with a LLaMA of transformers."})
+    output: str = field(metadata={"help": "Folder of the records; a second run continues there."})
+    num_records: int | None = field(
+        default=None, metadata={"help": "Records of the whole dataset, over all shards."}
+    )
+    num_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of --num-records: as many records as hold this many tokens if none ends early."
+        },
+    )
+    max_len: int = field(default=2048, metadata={"help": "Longest record, in tokens."})
+    strategy: str = field(
+        default="hybrid",
+        metadata={"help": "hybrid (3-5 greedy tokens, then sampled), greedy or sampled."},
+    )
+    first_token: str = field(
+        default="random", metadata={"help": "random, or enumerate: walk through the vocabulary."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides the logits of sampled tokens."}
+    )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "0 samples from the full softmax; 50 is what the released code did."},
+    )
+    seed: int = field(
+        default=0, metadata={"help": "With the record id it decides every random number."}
+    )
+    slots: int = field(
+        default=64, metadata={"help": "Records written at one time; changes speed only."}
+    )
+    shard: str = field(
+        default="0/1", metadata={"help": "i/n: write the i-th of n parts of the dataset."}
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "Precision of the teacher."})
+    kv_bits: int = field(
+        default=16,
+        metadata={
+            "help": "16 keeps keys and values as floats; 8 and 4 are approximate: another teacher."
+        },
+    )
+    kv_mode: str = field(
+        default="serving", metadata={"help": "Mode of a quantized KV cache: paper or serving."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads; torch's default otherwise."}
+    )
+    records_per_part: int = field(default=128, metadata={"help": "Records per parquet file."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object with the result."})
+
+
+ARGUMENTS = (GenerateDataArguments,)
+
+
+def run(arguments: GenerateDataArguments) -> None:
+    """Write what is missing of this shard, then report."""
+    a = arguments
+    recipe = Recipe(a.strategy, a.first_token, a.max_len, a.temperature, a.top_k, a.seed)
+    records = _records(a)
+    parse_shard(a.shard)
+    device, dtype = parse_device(a.device), parse_dtype(a.dtype)
+    set_threads(a.threads)
+    model = load_model(a.model, dtype=dtype, device=device)
+    stops = stop_ids(model)
+    tokenizer = load_tokenizer(a.model) if has_tokenizer(a.model) else None
+    if tokenizer is None:
+        _say(f"{a.model} has no tokenizer: only the stop tokens are kept from starting a record")
+    engine = Engine(
+        model,
+        max_slots=max(1, min(a.slots, records)),
+        max_len=a.max_len,
+        kv_bits=a.kv_bits,
+        kv_mode=a.kv_mode,
+    )
+    del model  # the engine holds the weights in its own layout
+    if engine.kv_bits < 16:
+        _say(
+            f"--kv-bits {engine.kv_bits}: approximate, these are not the full-precision teacher's records"
+        )
+    first_tokens = usable_first_tokens(engine.vocab_size, tokenizer, stops)
+    config = {
+        "teacher_sha256": teacher_digest(a.model),
+        **run_config(recipe, engine, first_tokens, stops),
+        "versions": {
+            "llmqat": __version__,
+            "torch": torch.__version__,
+            "teacher": Path(a.model).resolve().name,
+            "device": device.type,
+            "backend": "+".join(sorted(set(engine.backends().values()))),
+        },
+    }
+    with RecordWriter(
+        a.output, config, records=records, shard=a.shard, records_per_part=a.records_per_part
+    ) as writer:
+        kept = writer.stored
+        summary = fill(writer, engine, recipe, first_tokens, stop_ids=stops)
+        result = {
+            "output": a.output,
+            "records": writer.stored,
+            "tokens": writer.tokens,
+            "new_records": summary.records,
+            "kept_records": kept,
+            "new_tokens": summary.tokens,
+            "seconds": summary.seconds,
+            "tokens_per_second": summary.tokens_per_second,
+            "finish_reasons": summary.finish_reasons,
+            "weight_bytes": sum(engine.weight_bytes.values()),
+            "cache_bytes": engine.cache_bytes,
+        }
+    if summary.errors:
+        _say(f"{summary.errors} records ended on NaN or infinite logits (finish_reason error)")
+    if a.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"{result['records']} records, {result['tokens']} tokens in {a.output}"
+            f" ({summary.records} new, {kept} kept; {summary.tokens_per_second:.1f} tok/s)"
+        )
+
+
+def _records(a: GenerateDataArguments) -> int:
+    if (a.num_records is None) == (a.num_tokens is None):
+        raise ConfigError(
+            "num_records, num_tokens: give exactly one of --num-records and --num-tokens"
+        )
+    if a.slots < 1:
+        raise ConfigError(f"slots: {a.slots} must be at least 1")
+    name, count = (
+        ("num_records", a.num_records) if a.num_tokens is None else ("num_tokens", a.num_tokens)
+    )
+    if count is None or count < 1:
+        raise ConfigError(f"{name}: {count} must be at least 1")
+    return count if a.num_tokens is None else -(-count // a.max_len)
+
+
+def teacher_digest(directory: str) -> str:
+    """SHA-256 over the teacher's config and weights: records of another teacher must not be mixed
+    in.
+    """
+    total = hashlib.sha256()
+    folder = Path(directory)
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        total.update(f"{path.name} {io.sha256_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _say(message: str) -> None:
+    print(f"llmqat generate-data: {message}", file=sys.stderr)

@@ -1,0 +1,300 @@
+"""A model's weights in the form the engine runs them: linears that share an input are one matrix.
+
+Plain, prepared and converted models give the same structure. The rows of q, k, v (and of gate, up)
+are stacked: a row of a linear does not know its neighbours, so the fused product equals the
+separate ones bit for bit (spec 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import llmqat_kernels as qk
+from llmqat.config import QATConfig, QuantSpec
+from llmqat.convert import state_of
+from llmqat.errors import ConfigError
+from llmqat.models.families import find_family, iter_blocks
+from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat_kernels.errors import InvalidArgument
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""RoPE variants whose tables depend on the length of the sequence: one table per model cannot serve
+them.
+"""
+OFF = QuantSpec(16)
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """One or several linears with the same input, [n, K], in the backend's layout
+    (``repack_weight``).
+
+    ``scale`` fp32 [n] or [n, groups] belongs to codes; None marks a float weight (w_bits 16).
+    ``a_bits`` 16 means that the input is not quantized.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    n: int
+    w_bits: int
+    a_bits: int
+    group_size: int
+
+    @property
+    def integer(self) -> bool:
+        """Whether the product is the integer formula of spec 7."""
+        return self.scale is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight, scales and bias as held."""
+        return sum(t.nbytes for t in (self.weight, self.scale, self.bias) if t is not None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block."""
+
+    input_norm: Tensor
+    input_eps: float
+    qkv: FusedLinear
+    o: FusedLinear
+    post_norm: Tensor
+    post_eps: float
+    gate_up: FusedLinear
+    down: FusedLinear
+
+    @property
+    def linears(self) -> tuple[FusedLinear, ...]:
+        """The four fused linears, in the order they run."""
+        return (self.qkv, self.o, self.gate_up, self.down)
+
+    @property
+    def integer_bits(self) -> int | None:
+        """The activation width if every linear is an integer product of that width, else None."""
+        widths = {linear.a_bits if linear.integer else None for linear in self.linears}
+        return widths.pop() if len(widths) == 1 else None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Everything a forward pass reads except the KV cache. ``cos``, ``sin`` fp32 [T, D / 2];
+    embedding [V, H].
+    """
+
+    embedding: Tensor
+    blocks: tuple[Block, ...]
+    norm: Tensor
+    norm_eps: float
+    head: FusedLinear
+    cos: Tensor
+    sin: Tensor
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    quantization: QATConfig
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind. A tied embedding that the head holds in another layout is counted in both
+        places.
+        """
+        linears = sum(linear.nbytes for block in self.blocks for linear in block.linears)
+        norms = (
+            sum(block.input_norm.nbytes + block.post_norm.nbytes for block in self.blocks)
+            + self.norm.nbytes
+        )
+        return {
+            "linears": linears,
+            "head": self.head.nbytes,
+            "embedding": self.embedding.nbytes,
+            "norms": norms,
+        }
+
+
+def narrow(weight: Tensor) -> Tensor:
+    """``weight`` as bf16 where that changes no value (a checkpoint stored in bf16), else as it is.
+
+    The float product widens the weight to fp32 (spec 17), so a lossless narrowing halves the bytes
+    a step reads and leaves its result alone.
+    """
+    if weight.dtype != torch.float32:
+        return weight
+    half = weight.to(torch.bfloat16)
+    return half if torch.equal(half.to(torch.float32), weight) else weight
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One linear as the model holds it: codes with scales, or a float weight."""
+
+    codes: Tensor | None
+    scale: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    w_spec: QuantSpec
+    a_bits: int
+
+
+def _read(module: nn.Module, dtype: torch.dtype) -> _Source:
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach()
+    if isinstance(module, QuantizedLinear | QATLinear):
+        weight, a_bits = module.spec.weight, min(module.spec.activation.bits, 16)
+        if weight.enabled and a_bits != 16:
+            if isinstance(module, QuantizedLinear):
+                codes, scale = module.int8_codes(), module.weight_scale
+            else:
+                codes, scale = module.weight_codes()
+            return _Source(codes, scale, None, bias, weight, a_bits)
+        if isinstance(module, QuantizedLinear):
+            return _Source(None, None, module.dequantize(dtype), bias, OFF, a_bits)
+        value = module.weight.detach()
+        if weight.enabled:
+            value = qk.fake_quantize(
+                value,
+                weight.bits,
+                group_size=weight.group_size,
+                scale_dtype=module.spec.scale_dtype,
+            )
+        return _Source(None, None, value.to(dtype), bias, OFF, a_bits)
+    if type(module) is not nn.Linear:
+        raise ConfigError(
+            f"model: the engine cannot run a {type(module).__name__}; pass a plain or converted model"
+        )
+    return _Source(None, None, module.weight.detach(), bias, OFF, 16)
+
+
+def _float_linear(
+    weight: Tensor, bias: Tensor | None, a_bits: int, weight_dtype: torch.dtype | None
+) -> FusedLinear:
+    stored = narrow(weight) if weight_dtype is None else weight.to(weight_dtype)
+    layout = qk.repack_weight(stored.contiguous(), 16)
+    return FusedLinear(layout, None, bias, weight.shape[0], 16, a_bits, -1)
+
+
+def fuse(
+    modules: Sequence[nn.Module], dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> FusedLinear:
+    """The linears ``modules``, which share their input, as one.
+
+    Args:
+        dtype: of the activations; a W4A16 weight is dequantized to it (spec 7).
+        weight_dtype: storage of float weights; None keeps them, as bf16 where that is lossless.
+
+    Raises:
+        ConfigError: linears of different bits, or of a class the engine does not know.
+    """
+    sources = [_read(module, dtype) for module in modules]
+    if len({(s.w_spec, s.a_bits) for s in sources}) != 1:
+        raise ConfigError(
+            "model: linears that share an input are quantized differently; the engine needs one setting"
+        )
+    first = sources[0]
+    bias = _stack_bias(sources, modules)
+    if first.codes is None:
+        weight = torch.cat([s.weight for s in sources if s.weight is not None])
+        return _float_linear(weight, bias, first.a_bits, weight_dtype)
+    codes = torch.cat([s.codes for s in sources if s.codes is not None])
+    scale = torch.cat([s.scale for s in sources if s.scale is not None]).contiguous()
+    bits, group_size = first.w_spec.bits, first.w_spec.group_size
+    packed = qk.pack_int4(codes) if bits == 4 else codes
+    layout = qk.repack_weight(packed, bits)
+    return FusedLinear(layout, scale, bias, codes.shape[0], bits, first.a_bits, group_size)
+
+
+def _stack_bias(sources: Sequence[_Source], modules: Sequence[nn.Module]) -> Tensor | None:
+    if all(s.bias is None for s in sources):
+        return None
+    like = next(s.bias for s in sources if s.bias is not None)
+    rows = [
+        like.new_zeros(module.out_features) if source.bias is None else source.bias
+        for source, module in zip(sources, modules, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def rotary_tables(rotary: nn.Module, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin fp32 [length, D / 2] as transformers computes them, rope scaling included.
+
+    Raises:
+        ConfigError: a RoPE variant whose tables depend on the sequence length.
+    """
+    kind = getattr(rotary, "rope_type", "default")
+    if kind in LENGTH_DEPENDENT_ROPE:
+        raise ConfigError(
+            f"model: RoPE type {kind!r} depends on the sequence length; the engine has fixed tables"
+        )
+    positions = torch.arange(length, device=device).unsqueeze(0)
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def extract(
+    model: nn.Module, *, max_len: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> ModelWeights:
+    """Read a LLaMA-family model of transformers, plain, prepared or converted.
+
+    Args:
+        max_len: rows of the rotary tables; at most the model's positions.
+        dtype: of the activations.
+        weight_dtype: storage of float weights (embedding, head and unquantized linears); None keeps
+            the model's own, as bf16 where that is lossless.
+
+    Raises:
+        ConfigError: an architecture or layer the engine cannot run. InvalidArgument: ``max_len``.
+    """
+    family = find_family(model)
+    config = model.config
+    if not 1 <= max_len <= config.max_position_embeddings:
+        raise InvalidArgument(
+            f"max_len: {max_len} is outside 1..{config.max_position_embeddings}, the model's positions"
+        )
+    if config.hidden_act != "silu":
+        raise ConfigError(
+            f"model: activation {config.hidden_act!r} is not supported; the engine runs silu"
+        )
+    base, state = model.model, state_of(model)
+    device = base.embed_tokens.weight.device
+
+    def linear(*modules: nn.Module) -> FusedLinear:
+        return fuse(modules, dtype, weight_dtype)
+
+    blocks = []
+    for _, block in iter_blocks(model, family):
+        attention, mlp = block.self_attn, block.mlp
+        before, after = block.input_layernorm, block.post_attention_layernorm
+        blocks.append(
+            Block(
+                input_norm=before.weight.detach(),
+                input_eps=before.variance_epsilon,
+                qkv=linear(attention.q_proj, attention.k_proj, attention.v_proj),
+                o=linear(attention.o_proj),
+                post_norm=after.weight.detach(),
+                post_eps=after.variance_epsilon,
+                gate_up=linear(mlp.gate_proj, mlp.up_proj),
+                down=linear(mlp.down_proj),
+            )
+        )
+    cos, sin = rotary_tables(base.rotary_emb, max_len, device)
+    embedding = base.embed_tokens.weight.detach()
+    return ModelWeights(
+        embedding=narrow(embedding) if weight_dtype is None else embedding.to(weight_dtype),
+        blocks=tuple(blocks),
+        norm=base.norm.weight.detach(),
+        norm_eps=base.norm.variance_epsilon,
+        head=linear(model.lm_head),
+        cos=cos,
+        sin=sin,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=2 * cos.shape[1],
+        scaling=base.layers[0].self_attn.scaling,
+        quantization=QATConfig(16, 16, 16) if state is None else state.config,
+    )

@@ -1,0 +1,54 @@
+"""What was done to a model, kept on the model and written with every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from llmqat.config import QATConfig
+from llmqat.errors import ConfigError
+from llmqat_kernels import SPEC_VERSION
+
+PREPARED = "prepared"
+PACKED = "packed"
+STATE_ATTRIBUTE = "llmqat_state"
+
+
+@dataclass(frozen=True)
+class State:
+    """What was done to a model: its stage (`prepared` or `packed`) and settings."""
+
+    stage: str
+    config: QATConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `llmqat` entry of config.json."""
+        return {"spec": SPEC_VERSION, "stage": self.stage, **self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> State:
+        """The inverse of :meth:`to_dict`; ConfigError on an unknown key, stage or specification
+        version.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"llmqat: expected an object, got {type(values).__name__}")
+        fields = dict(values)
+        spec, stage = fields.pop("spec", None), fields.pop("stage", None)
+        if spec != SPEC_VERSION:
+            raise ConfigError(
+                f"llmqat.spec: {str(spec)[:40]!r} is unknown; this version reads {SPEC_VERSION!r}"
+            )
+        if stage not in (PREPARED, PACKED):
+            raise ConfigError(
+                f"llmqat.stage: {str(stage)[:40]!r} is unknown; expected {PREPARED!r} or {PACKED!r}"
+            )
+        return cls(stage, QATConfig.from_dict(fields))
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of a prepared or converted model; None for any other."""
+    state = getattr(model, STATE_ATTRIBUTE, None)
+    return state if isinstance(state, State) else None

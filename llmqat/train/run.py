@@ -1,0 +1,234 @@
+"""One training run from folders to a folder: what `llmqat train` does.
+
+The output folder holds the prepared student (readable by every later stage), `checkpoint-<step>`
+folders, `metrics.jsonl`, `training_curve.csv` and `llmqat_run.json`, which says what was run and
+whether it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import llmqat_kernels
+from llmqat import io
+from llmqat.checkpoint import from_pretrained, save_pretrained
+from llmqat.config import QATConfig
+from llmqat.convert import prepare, state_of
+from llmqat.data.dataset import PackedDataset
+from llmqat.errors import CheckpointError, ConfigError
+from llmqat.train.arguments import TrainArguments
+from llmqat.train.metrics import read_metrics
+from llmqat.train.trainer import METRICS, QATTrainer, training_arguments
+
+__all__ = ["RUN_FILE", "announce_backend", "find_device", "load_tokenizer", "train"]
+
+RUN_FILE = "llmqat_run.json"
+_LOCK = ".llmqat-train.lock"
+_RUNNING, _COMPLETE = "running", "complete"
+
+logger = logging.getLogger(__name__)
+
+
+def find_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; ConfigError for a CUDA device that is not there."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError(
+            "--device: cuda is asked for, but torch sees no CUDA device; use --device cpu"
+        )
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def announce_backend(device: torch.device) -> None:
+    """On CUDA, say on stderr that operators without a kernel there run as plain torch."""
+    if device.type == "cuda":
+        slow = [
+            choice.op for choice in llmqat_kernels.choices("cuda") if choice.backend == "reference"
+        ]
+        print(
+            f"cuda: the reference backend (plain torch) serves {len(slow)} operators without a kernel",
+            file=sys.stderr,
+        )
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer in a model folder; nothing is downloaded and no code of the folder is run.
+
+    Raises:
+        CheckpointError: the folder has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"directory: {folder} is not a folder; name a local model folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # transformers raises many classes for a missing or malformed tokenizer
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder}: has no readable tokenizer ({reason})") from error
+
+
+def load_plain(role: str, folder: str, dtype: torch.dtype) -> nn.Module:
+    """A full-precision model; ConfigError if it is prepared or packed."""
+    model = from_pretrained(folder, dtype=dtype)
+    state = state_of(model)
+    if state is not None:
+        raise ConfigError(
+            f"--{role}: {folder} is {state.stage} ({state.config.setting});"
+            " name a full-precision model"
+        )
+    return model
+
+
+def train(arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
+    """Run or resume a training; returns what `llmqat_run.json` says at its end.
+
+    Raises:
+        ConfigError: options that contradict each other or the run being resumed; a folder with
+        another run. CheckpointError, DataError: unreadable model or data.
+        RuntimeError: the loss is not finite.
+    """
+    device = find_device(arguments.device)
+    output = io.make_dir(arguments.output)
+    with io.Lock(output / _LOCK):
+        record = _open_record(output, arguments, config)
+        if record["status"] == _COMPLETE:
+            logger.warning(
+                "%s is complete already (%s steps); nothing to do", output, record.get("steps")
+            )
+            return record
+        announce_backend(device)
+        trainer = _build(arguments, config, device, record, output)
+        io.write_json(output / RUN_FILE, record)
+        trainer.train(resume_from_checkpoint=arguments.resume)
+        _finish(trainer, record, output, arguments.model)
+        return record
+
+
+def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
+    """The record of this run: the one in `output` when resuming, a new one otherwise."""
+    path = output / RUN_FILE
+    identity = {"arguments": arguments.identity(), "config": config.to_dict()}
+    if not path.is_file():
+        if any(output.glob("checkpoint-*")):
+            raise ConfigError(
+                f"--output: {output} has checkpoints but no {RUN_FILE}; choose an empty folder"
+            )
+        return {"format": 1, "command": "train", "status": _RUNNING, **identity}
+    if not arguments.resume:
+        raise ConfigError(
+            f"--output: {output} holds a run already; go on with --resume, or choose another folder"
+        )
+    try:
+        record = json.loads(path.read_bytes())
+        before = {**record["arguments"], **record["config"]}
+        record["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged; choose another folder") from error
+    for name, value in {**identity["arguments"], **identity["config"]}.items():
+        if name not in before or before[name] != value:
+            option = name.replace("_", "-")
+            raise ConfigError(
+                f"--{option}: {value!r}, but the run in {output} has {before.get(name)!r};"
+                " resume with the same options"
+            )
+    return dict(record)
+
+
+def _build(
+    arguments: TrainArguments,
+    config: QATConfig,
+    device: torch.device,
+    record: dict[str, Any],
+    output: Path,
+) -> QATTrainer:
+    student = load_plain("model", arguments.model, torch.float32)
+    vocab = student.get_input_embeddings().num_embeddings
+    positions = student.config.max_position_embeddings
+    if arguments.seq_len > positions:
+        raise ConfigError(
+            f"--seq-len: the model has {positions} positions, got {arguments.seq_len}"
+        )
+    is_text = not Path(arguments.data).is_dir()
+    tokenizer = load_tokenizer(arguments.model) if is_text else None
+    data = PackedDataset.from_path(
+        arguments.data,
+        arguments.seq_len,
+        seed=arguments.seed,
+        tokenizer=tokenizer,
+        vocab_size=vocab,
+    )
+    if (
+        record.setdefault(
+            "data", {"tokens": data.tokens, "sequences": len(data), "sha256": data.fingerprint}
+        )["sha256"]
+        != data.fingerprint
+    ):
+        raise ConfigError(
+            f"--data: {arguments.data} has changed since the run began; start in another folder"
+        )
+    record["versions"] = _versions()
+    settings = arguments.to_trainer(use_cpu=device.type == "cpu", report_to=_tracker())
+    prepare(student, config)
+    teacher = None
+    if arguments.loss != "label":
+        dtype = getattr(torch, arguments.dtype)
+        teacher = load_plain("teacher", arguments.teacher or arguments.model, dtype)
+    return QATTrainer(
+        student,
+        training_arguments(str(output), **settings),
+        data,
+        teacher=teacher,
+        loss=arguments.loss,
+        chunk_size=arguments.chunk_size,
+        health_steps=arguments.health_steps,
+    )
+
+
+def _finish(trainer: QATTrainer, record: dict[str, Any], output: Path, model_folder: str) -> None:
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    source = Path(model_folder)
+    has_tokenizer = any(
+        (source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
+    save_pretrained(model.eval(), output, tokenizer=source if has_tokenizer else None)
+    entries = read_metrics(output / METRICS)
+    first, last = entries[0], entries[-1]  # the last step is always logged
+    record.update(
+        status=_COMPLETE,
+        steps=trainer.state.global_step,
+        loss={"first": first["loss"], "last": last["loss"]},
+        seconds=last["seconds"],
+    )
+    io.write_json(output / RUN_FILE, record)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "accelerate")
+    return {
+        "python": platform.python_version(),
+        "llmqat_kernels": llmqat_kernels.__version__,
+        "spec": llmqat_kernels.SPEC_VERSION,
+        **{name: version(name) for name in packages},
+    }
+
+
+def _tracker() -> str:
+    if find_spec("tensorboard") is not None:
+        return "tensorboard"
+    logger.warning("tensorboard is not installed: metrics go to %s only", METRICS)
+    return "none"

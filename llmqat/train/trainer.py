@@ -1,0 +1,336 @@
+"""`QATTrainer`: transformers' Trainer with a teacher, a chunked loss and checkpoints to trust.
+
+Optimizer, schedule, gradient accumulation, distributed wrapping, logging and the checkpoint files
+are the library's. Ours are the loss, the health metrics, the record in `metrics.jsonl` and the
+marker that makes a checkpoint trustworthy (`resume.py`). On a CPU a run that was killed and resumed
+ends with the same weights, optimizer state and log as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from llmqat.errors import ConfigError
+from llmqat.train import resume
+from llmqat.train.health import HealthMonitor
+from llmqat.train.losses import IGNORED_LABEL, LossInputs, find_loss
+from llmqat.train.metrics import MetricsLog, read_metrics, write_curve
+
+__all__ = ["CURVE", "METRICS", "QATTrainer", "training_arguments"]
+
+METRICS = "metrics.jsonl"
+CURVE = "training_curve.csv"
+_LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+"""Configuration names that make a model's logits more than `head(hidden)`."""
+
+
+def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
+    """The paper's settings (LLM-QAT section 3.1), with `changes` by their transformers names.
+
+    AdamW without weight decay, lr 2e-5, cosine without warm-up, one epoch, gradient norm clipped at
+    1, seed 42.
+    """
+    settings: dict[str, Any] = {
+        "learning_rate": 2e-5,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
+        "num_train_epochs": 1.0,
+        "max_grad_norm": 1.0,
+        "seed": 42,
+        "optim": "adamw_torch",
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a diverged run must show, and stop
+        "save_strategy": "steps",
+        "save_steps": 2000,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    return TrainingArguments(output_dir=output_dir, **{**settings, **changes})
+
+
+class QATTrainer(Trainer):
+    """Trains a prepared student towards a teacher.
+
+    Args:
+        model: the prepared student with fp32 parameters (the master weights; `args.bf16` is
+            autocast on top).
+        args: see :func:`training_arguments`. `save_total_limit` counts complete checkpoints.
+        train_dataset: items with `input_ids` [T] and optionally `attention_mask`, `position_ids`,
+            `labels` [T].
+        teacher: full-precision model with the same vocabulary, or None for a loss without one. It
+            is put in evaluation mode, takes no gradient, is never part of the student and is never
+            saved.
+        loss: a name in `losses.LOSSES`.
+        chunk_size: tokens whose logits exist at one time.
+        health_steps: steps between health reports; 0 for none.
+
+    Raises:
+        ConfigError: student not in fp32, no plain head on either model, missing teacher, different
+            vocabularies, fp16, or several GPUs in one process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset[dict[str, Tensor]],
+        *,
+        teacher: nn.Module | None = None,
+        loss: str = "logits",
+        chunk_size: int = 1024,
+        health_steps: int = 10,
+        **options: Any,
+    ) -> None:
+        self.loss = find_loss(loss)
+        if chunk_size < 1 or health_steps < 0:
+            raise ConfigError("chunk_size: must be at least 1; health_steps: at least 0")
+        if args.fp16:
+            raise ConfigError("dtype: float16 training is not supported; use float32 or bfloat16")
+        if args.n_gpu > 1:
+            raise ConfigError(
+                "device: several GPUs in one process; use torchrun or CUDA_VISIBLE_DEVICES"
+            )
+        _check_student(model, args)
+        if self.loss.needs_teacher:
+            if teacher is None:
+                raise ConfigError(
+                    f"teacher: loss {loss} needs one; give a model, or use loss label"
+                )
+            _check_pair(model, teacher)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **options)
+        # The loss is a mean over tokens: the Trainer itself has to divide by the number of micro-
+        # batches.
+        self.model_accepts_loss_kwargs = False
+        self.teacher = teacher if self.loss.needs_teacher else None
+        if self.teacher is not None:
+            self.teacher.to(args.device).eval().requires_grad_(False)
+        self.chunk_size = chunk_size
+        self.health_steps = health_steps
+        self.health = HealthMonitor(model)
+        self.metrics_log = MetricsLog(Path(args.output_dir) / METRICS)
+        self._compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self.add_callback(_Schedule(self))
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_Progress)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, **options: Any
+    ) -> TrainOutput:
+        """Train; True resumes from the newest complete checkpoint if there is one, a path from that.
+
+        Raises:
+            CheckpointError: the named checkpoint is incomplete or altered.
+            RuntimeError: the loss or the gradient norm is not finite.
+        """
+        if resume_from_checkpoint is True:
+            newest = resume.newest_complete(Path(self.args.output_dir))
+            resume_from_checkpoint = str(newest) if newest else None
+        elif resume_from_checkpoint:
+            resume.complete_or_raise(Path(resume_from_checkpoint))
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        if self.is_world_process_zero():
+            write_curve(read_metrics(self.metrics_log.path), Path(self.args.output_dir) / CURVE)
+        return result
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, fp32 []: mean over its valid tokens."""
+        inputs = dict(inputs)
+        input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
+        mask = inputs.get("attention_mask")
+        labels = input_ids if labels is None else labels
+        student = self.accelerator.unwrap_model(model)
+        with self.health.watch(self.is_health_step(self.state.global_step + 1)):
+            hidden = _last_hidden(model, student, inputs)
+        teacher_hidden = teacher_head = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_hidden = _last_hidden(self.teacher, self.teacher, inputs)
+            teacher_head = self.teacher.get_output_embeddings().weight
+            teacher_hidden = teacher_hidden.to(teacher_head.dtype)
+        loss = self.loss.compute(
+            LossInputs(
+                student_hidden=hidden.to(self._compute_dtype),
+                student_head=student.get_output_embeddings().weight.to(self._compute_dtype),
+                teacher_hidden=teacher_hidden,
+                teacher_head=teacher_head,
+                labels=labels if mask is None else labels.masked_fill(mask == 0, IGNORED_LABEL),
+                valid=None if mask is None else mask.bool(),
+                chunk_size=self.chunk_size,
+            )
+        )
+        return (loss, {}) if return_outputs else loss
+
+    def is_health_step(self, step: int) -> bool:
+        """Whether step `step` (from 1) reports health.
+
+        Saved steps do, so that a resumed run counts flips from the same codes.
+        """
+        return self.health_steps > 0 and (step % self.health_steps == 0 or self._saves_after(step))
+
+    def _saves_after(self, step: int) -> bool:
+        return step % self.state.save_steps == 0 or step >= self.state.max_steps
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log a step as usual, with health, and write it to `metrics.jsonl`."""
+        step = self.state.global_step
+        is_step = "loss" in logs
+        if is_step:
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0.0)):
+                    raise RuntimeError(
+                        f"{name} is {logs[name]} at step {step}; lower the learning rate"
+                    )
+            if self.is_health_step(step):
+                logs |= self.health.report()
+        super().log(logs, start_time)
+        if is_step and self.is_world_process_zero():
+            seconds = round(self._seconds_before + time.monotonic() - self._started, 3)
+            self.metrics_log.append(
+                {"step": step, "tokens": self._tokens(step), **logs, "seconds": seconds}
+            )
+
+    def _tokens(self, step: int) -> int:
+        """Tokens trained on after `step` steps of full batches of equal lengths."""
+        assert self.train_dataset is not None
+        per_step = (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
+        return step * per_step * len(self.train_dataset[0]["input_ids"])
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The library's checkpoint, then our marker, and only then the removal of older ones."""
+        args = self.args
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if args.should_save:
+            resume.unmark(folder)
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            resume.mark_complete(folder, self.state.global_step)
+            rotate_checkpoints(output_dir=args.output_dir, save_total_limit=limit, use_mtime=False)
+
+
+class _Schedule(TrainerCallback):
+    """Ties logging, health and saving to the same steps."""
+
+    def __init__(self, trainer: QATTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self._trainer
+        if trainer.health_steps:
+            trainer.health.reset()
+        if state.is_world_process_zero:
+            trainer._seconds_before = trainer.metrics_log.rewind(state.global_step)
+        trainer._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The running mean of the loss is not part of a checkpoint: it has to be empty when one is
+        # written.
+        if control.should_save or self._trainer.is_health_step(state.global_step):
+            control.should_log = True
+
+
+class _Progress(ProgressCallback):
+    """The library's progress bar with the loss on it, instead of a printed line per step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        bar: tqdm[Any] | None = self.training_bar
+        if bar is not None and logs and "loss" in logs:
+            bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
+
+
+def _check_student(model: nn.Module, args: TrainingArguments) -> None:
+    _plain_head("student", model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"student: {name} is {dtype}, too coarse to hold its updates;"
+                " load it in float32 (bf16 autocast is an option of the training)"
+            )
+
+
+def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
+    own, other = (
+        _plain_head(role, model) for role, model in (("student", student), ("teacher", teacher))
+    )
+    if teacher is student or own.weight is other.weight:
+        raise ConfigError("teacher: shares its weights with the student; load it a second time")
+    if own.weight.shape[0] != other.weight.shape[0]:
+        raise ConfigError(
+            f"teacher: vocabulary of {other.weight.shape[0]}, but the student has"
+            f" {own.weight.shape[0]}; they must be equal"
+        )
+
+
+def _plain_head(role: str, model: nn.Module) -> nn.Linear:
+    """The head, where `logits == head(last hidden states)`: the loss works on its two operands."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ConfigError(f"{role}: {type(model).__name__} has no plain linear head (without bias)")
+    config = getattr(model, "config", None)
+    for name in _LOGIT_TRANSFORMS:
+        if getattr(config, name, None) is not None:
+            raise ConfigError(
+                f"{role}: {name} changes the logits after the head; such a model is not supported"
+            )
+    return head
+
+
+def _last_hidden(model: nn.Module, inner: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Hidden states before the head, [B, T, H]; `model` may be a distributed wrapper of `inner`."""
+    with _without_head(inner.get_output_embeddings()):
+        hidden = model(**inputs, use_cache=False).logits
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+@contextmanager
+def _without_head(head: nn.Linear) -> Iterator[None]:
+    """Let `head` hand on its input.
+
+    The wrappers that gradients are synchronised and autocast by only act on the model's own
+    forward, so the hidden states have to come out of that one.
+    """
+    head.forward = lambda hidden: hidden  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward

@@ -1,0 +1,85 @@
+"""The command line: overview, YAML recipes, one-line errors."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from llmqat import cli
+
+
+@dataclass
+class Options:
+    model: str = field(metadata={"help": "a folder"})
+    steps: int = field(default=3, metadata={"help": "a number"})
+
+
+def parse(*argv):
+    (options,) = cli.parse_arguments("train", [Options], argv)
+    return options
+
+
+def test_overview_needs_no_torch():
+    code = "import sys, llmqat.cli as c; c.main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert "--config" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["fly"]) == 2
+    assert "fly" in capsys.readouterr().err
+
+
+def test_yaml_sets_defaults_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: here\nsteps: 7\n")
+    assert parse("--config", str(recipe)) == Options("here", 7)
+    assert parse("--config", str(recipe), "--steps", "9") == Options("here", 9)
+    assert parse("--model", "there") == Options("there", 3)
+
+
+def test_yaml_with_an_unknown_option(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("modle: here\n")
+    with pytest.raises(ValueError, match="modle"):
+        parse("--config", str(recipe))
+    recipe.write_text("- a\n")
+    with pytest.raises(ValueError, match="mapping"):
+        parse("--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["eval", "--model", "/no/such/folder", "--text", "/no/such/text"], "/no/such"),
+        (["export", "--model", "/no/such/folder", "--output", "x"], "/no/such"),
+        (["train", "--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["generate", "--model", "/no/such/folder", "--prompt", "a"], "/no/such"),
+    ],
+)
+def test_failures_are_one_line(argv, word, capsys):
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith(f"llmqat {argv[0]}:") and word in err
+
+
+def test_info_json(capsys):
+    from llmqat_kernels.schemas import SCHEMAS
+
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert set(info["operators"]["cpu"]) == set(SCHEMAS)
+    assert all(c["backend"] in ("cpu", "reference") and c["reason"] for c in info["operators"]["cpu"].values())
+    assert cli.main(["info"]) == 0
+    assert "operators on cpu" in capsys.readouterr().out
