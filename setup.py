@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/native")  # relative: no machine path gets into __FILE__ or debug strings
 NATIVE, HOST = "llmqat_kernels._native", "llmqat_kernels._host"
 HOST_SOURCE = "csrc/bindings/host_module.cpp"
+INFO_SOURCE = "csrc/bindings/register.cpp"  # with HOST_SOURCE, the only one that sees build_info.h
 
 TORCH_TARGET = "0x020b000000000000"  # 2.11: the oldest torch that this library loads into
 CUDA_ARCHS = ("80", "90")  # SASS for A100 and H100, plus PTX of the last one
@@ -88,7 +89,7 @@ def run(command: list[str], what: str) -> str:
     return output
 
 
-# ---- what is on this machine ---------------------------------------------------------------------
+# ---- what is on this machine ----
 
 
 def find_compiler() -> list[str]:
@@ -167,7 +168,7 @@ def cudart_static(nvcc: Nvcc) -> Path:
     raise Missing(f"no libcudart_static.a under {nvcc.root} (wheel: nvidia-cuda-runtime)")
 
 
-# ---- compiling -----------------------------------------------------------------------------------
+# ---- compiling ----
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -240,17 +241,17 @@ def build_native(output: Path, nvcc: Nvcc | None) -> None:
     """CPU operators, bindings and, with nvcc, CUDA operators in one library without a PyInit."""
     cxx, torch = find_compiler(), find_torch()
     own = ["-Icsrc", "-Icsrc/include"]
-    flags = [*cxx, *own, *info_include(cxx, torch, nvcc)]
     binding = [
-        *flags,
-        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        *(["-DUSE_CUDA", "-DLLMQAT_CUDA"] if nvcc else []),
+        *(*cxx, *own, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"),
         *("-isystem", str(torch.root / "include")),
     ]
     jobs = [([*cxx, *own], source) for source in sources("csrc/cpu/*.cpp")]
     for source in sources("csrc/bindings/*.cpp"):
-        is_cuda = Path(source).name.startswith("cuda_")
-        if source != HOST_SOURCE and (nvcc or not is_cuda):
+        if Path(source).name.startswith("cuda_"):
+            jobs += [([*binding, "-DUSE_CUDA"], source)] if nvcc else []
+        elif source == INFO_SOURCE:
+            jobs.append(([*binding, *info_include(cxx, torch, nvcc)], source))
+        elif source != HOST_SOURCE:
             jobs.append((binding, source))
     libraries = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-lc10"]
     if nvcc:
@@ -285,7 +286,7 @@ def build_host(output: Path, nvcc: Nvcc | None) -> None:
     link([*cxx, "-shared", *compile_all([(flags, source) for source in host_only])], output)
 
 
-# ---- setuptools ----------------------------------------------------------------------------------
+# ---- setuptools ----
 
 
 @contextmanager

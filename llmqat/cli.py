@@ -22,7 +22,7 @@ COMMANDS = {
     "info": "which backend runs each operator here, and why",
     "demo": "the whole river on a small real model",
 }
-PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)
 
 
 def usage() -> str:

@@ -64,7 +64,7 @@ class QuantSpec:
             raise ConfigError(
                 f"bits: {self.bits} is not quantized and has no largest code; use 2..8"
             )
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True)

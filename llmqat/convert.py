@@ -52,6 +52,7 @@ def prepare(model: nn.Module, config: QATConfig) -> nn.Module:
     for name, _, module in linears:
         _check_linear(name, module, config)
     compat.own_config(model)
+    compat.restore_rotary(model)
     for _, short, module in linears:
         spec = LinearSpec.from_config(config, is_kv=short in family.kv_linears)
         if spec.enabled:

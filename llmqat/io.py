@@ -2,8 +2,8 @@
 
 A file appears under its name complete or not at all, also through SIGKILL, a full disk or a power
 cut: the bytes go to a temporary file in the same folder, which is flushed, fsynced and renamed, and
-then the folder is fsynced (without the last step a power cut may undo the rename). Standard library only,
-so that writers and their kill tests start in milliseconds. POSIX (Linux, macOS).
+then the folder is fsynced (without the last step a power cut may undo the rename). Standard library
+only, so that writers and their kill tests start in milliseconds. POSIX (Linux, macOS).
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def _publish(temp: Path, path: Path) -> None:
 def atomic_write(path: StrPath) -> Iterator[io.RawIOBase]:
     """Open a binary file that appears at `path` when the block ends well, and never otherwise.
 
-    The file is unbuffered: wrap it for many small writes, and flush the wrapper inside the block. On any
-    exception the temporary file is removed and what stood at `path` stays. An `OSError` of the file
-    operations is raised again with `path` in its text.
+    The file is unbuffered: wrap it for many small writes, and flush the wrapper inside the block.
+    On any exception the temporary file is removed and what stood at `path` stays. An `OSError` of
+    the file operations is raised again with `path` in its text.
     """
     path = Path(path)
     temp = _temp_name(path)
@@ -160,9 +160,11 @@ def atomic_write(path: StrPath) -> Iterator[io.RawIOBase]:
 
 @contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
-    """Like `atomic_write` for libraries that want a file name: yields the temporary path to write to.
+    """Like `atomic_write` for libraries that want a file name: yields the temporary path to write
+    to.
 
-    The file is opened again and fsynced before the rename (safetensors' `save_file`, for one, does not fsync).
+    The file is opened again and fsynced before the rename (safetensors' `save_file`, for one, does
+    not fsync).
     """
     path = Path(path)
     temp = _temp_name(path)
@@ -212,8 +214,8 @@ def remove(path: StrPath) -> None:
 def remove_temps(folder: StrPath, belongs: Callable[[str], bool] = lambda name: True) -> list[str]:
     """Remove temporary files that a killed writer left in `folder`; returns their final names.
 
-    `belongs(final_name)` limits it to the caller's own files, where writers share a folder. Call it only
-    under the lock that covers those files.
+    `belongs(final_name)` limits it to the caller's own files, where writers share a folder. Call it
+    only under the lock that covers those files.
     """
     removed = []
     for entry in sorted(os.listdir(folder)):
@@ -233,14 +235,14 @@ def sha256_file(path: StrPath) -> str:
 class Lock:
     """One writer per output folder, for as long as its process lives.
 
-    The kernel holds the lock (`flock`), so that a killed holder's lock is free at once, whatever process
-    has its pid by then; the file carries the pid for the message that a second writer gets:
+    The kernel holds the lock (`flock`), so that a killed holder's lock is free at once, whatever
+    process has its pid by then; the file carries the pid for the message that a second writer gets:
 
         with Lock(folder / ".lock"):
             ...
 
-    Entering raises `LockError` while another live process (or this one) holds it, and `OSError` naming the
-    path where the folder cannot be written.
+    Entering raises `LockError` while another live process (or this one) holds it, and `OSError`
+    naming the path where the folder cannot be written.
     """
 
     def __init__(self, path: StrPath) -> None:
@@ -267,8 +269,8 @@ class Lock:
             except BaseException:
                 os.close(fd)
                 raise
-            # A holder that released between our open and our lock has removed this file: its lock would
-            # guard nothing, so look again.
+            # A holder that released between our open and our lock has removed this file: its lock
+            # would guard nothing, so look again.
             try:
                 same = os.path.samestat(os.fstat(fd), os.stat(self.path))
             except FileNotFoundError:
@@ -301,7 +303,9 @@ class Lock:
             return
         fd, self._fd = self._fd, None
         if os.getpid() == self._pid:  # a forked child holds a copy: the lock stays its parent's
-            with suppress(OSError):  # a read-only or vanished folder: closing releases the lock anyway
+            with suppress(
+                OSError
+            ):  # a read-only or vanished folder: closing releases the lock anyway
                 os.unlink(self.path)
         os.close(fd)
 

@@ -1,7 +1,7 @@
 """The build and the packages: install, editable install, sdist, no compiler, no torch, no driver.
 
-Builds run on a copy of the source tree with the object cache of the real one, so that only what a build
-changes is compiled again.
+Builds run on a copy of the source tree with the object cache of the real one, so that only what a
+build changes is compiled again.
 """
 
 import os
@@ -67,6 +67,11 @@ def pip(*arguments, python=sys.executable):
     return [sys.executable, "-m", "pip", "--python", python, *arguments]
 
 
+def use(python, cwd, **environment):
+    """Where the package lies, whether the library loads, why not."""
+    return run([python, "-c", USE], cwd, **environment).stdout.strip().split("|")
+
+
 def needs_library():
     if not native.is_available():
         pytest.skip(f"nothing to compare with: {native.why_not()}")
@@ -78,7 +83,7 @@ def test_regular_install(tree, tmp_path):
     target = tmp_path / "site"
     flags = ("--no-build-isolation", "--no-deps", "--target", target)
     run(pip("install", *flags, "."), tree, LLMQAT_FORCE_BUILD="1")
-    file, available, _ = run([sys.executable, "-c", USE], tmp_path, PYTHONPATH=str(target)).stdout.split("|")
+    file, available, _ = use(sys.executable, tmp_path, PYTHONPATH=str(target))
     assert Path(file).is_relative_to(target) and available == "True"
     files = {p.name for p in (target / "llmqat_kernels").iterdir()}
     assert "_native.abi3.so" in files and not (target / "csrc").exists()
@@ -96,7 +101,7 @@ def test_editable_install(tree, tmp_path):
     python = scratch / "bin/python"
     flags = ("--no-build-isolation", "--no-deps", "--editable")
     run(pip("install", *flags, ".", python=python), tree, LLMQAT_FORCE_BUILD="1")
-    file, available, _ = run([python, "-c", USE], tmp_path).stdout.split("|")
+    file, available, _ = use(python, tmp_path)
     assert Path(file).is_relative_to(tree) and available == "True"
 
 
@@ -106,9 +111,8 @@ def test_sdist_has_every_source(tree, tmp_path):
     with tarfile.open(tmp_path / name) as archive:
         files = {n.partition("/")[2] for n in archive.getnames()}
     for folder in ("csrc", "llmqat", "llmqat_kernels"):
-        wanted = {
-            str(p.relative_to(tree)) for p in (tree / folder).rglob("*.*") if "__pycache__" not in p.parts
-        }
+        paths = (p for p in (tree / folder).rglob("*.*") if "__pycache__" not in p.parts)
+        wanted = {str(p.relative_to(tree)) for p in paths}
         assert wanted and wanted <= files
     assert set(SOURCES) <= files
     assert not [f for f in files if f.endswith((".so", ".o", ".pyc")) or f.startswith("build/")]
@@ -121,9 +125,9 @@ def test_without_a_compiler_the_package_imports_and_says_why(tree, tmp_path):
     summary = run(build, tree, **bare).stdout
     assert re.search(r"_native +left out: no C\+\+ compiler: install one of c\+\+, g\+\+", summary)
     assert not list(lib.rglob("*.so"))
-    file, available, reason = run([sys.executable, "-c", USE], tmp_path, PYTHONPATH=str(lib)).stdout.split("|")
+    file, available, reason = use(sys.executable, tmp_path, PYTHONPATH=str(lib))
     assert Path(file).is_relative_to(lib) and available == "False"
-    assert reason.strip() == f"the native library is not built: run `{native.BUILD_COMMAND}` and read its summary"
+    assert f"is not built: run `{native.BUILD_COMMAND}`" in reason
     forced = run(build, tree, check=False, LLMQAT_FORCE_BUILD="1", **bare)
     assert forced.returncode != 0 and "llmqat_kernels._native: no C++ compiler" in forced.stderr
 
@@ -175,7 +179,8 @@ def test_library_needs_no_driver_and_no_cuda_runtime():
         pytest.skip("readelf (binutils) is not installed")
     text = run(["readelf", "--dynamic", library()], ROOT).stdout
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", text))
-    allowed = r"(libtorch_cpu|libc10|libstdc\+\+|libgcc_s|libc|libm|libdl|librt|libpthread|ld-linux.*)\.so.*"
+    system = r"stdc\+\+|gcc_s|c|m|dl|rt|pthread"
+    allowed = rf"(libtorch_cpu|libc10|lib({system})|ld-linux.*)\.so.*"
     assert {"libtorch_cpu.so", "libc10.so"} <= needed
     assert [n for n in needed if not re.fullmatch(allowed, n)] == []
 

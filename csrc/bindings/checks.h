@@ -1,7 +1,7 @@
 // Checks, dispatch and small tensor helpers of the bindings: the last place that sees tensors.
 //
-// Every check names the argument. The Python layer has checked most of it already with typed errors;
-// these stand between a direct call of torch.ops.llmqat_cpu.* and a wild pointer.
+// Every check names the argument. The Python layer has checked most of it already with typed
+// errors; these stand between a direct call of torch.ops.llmqat_cpu.* and a wild pointer.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +24,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- checks ---------------------------------------------------------------------------------------
+// ---- checks ----
 
 inline void check_cpu(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor; move it with .cpu()");
@@ -96,7 +96,7 @@ inline int64_t check_group_size(int64_t group_size, int64_t columns, const char*
   return group_size;
 }
 
-// ---- tensors --------------------------------------------------------------------------------------
+// ---- tensors ----
 
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
@@ -121,9 +121,9 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// ---- dispatch and threads -------------------------------------------------------------------------
+// ---- dispatch and threads ----
 
-// Calls f(T{}) with T = float, bf16 or fp16: dispatch_float(dtype, "x", [&](auto t) { using T = decltype(t); ... }).
+// Calls f(T{}) with T = float, bf16 or fp16; the body says `using T = decltype(tag);`.
 template <class F>
 auto dispatch_float(ScalarType dtype, const char* name, F&& f) {
   check_float_dtype(dtype, name);

@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor> cuda_quantize(const Tensor& x_, int64_t bits, int64_t
 }  // namespace llmqat::bindings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cuda, m) {
-  m.def("quantize(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)");
+  m.def(
+      "quantize(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cuda, CUDA, m) {

@@ -1,5 +1,6 @@
-// Host-only facts and heuristics for Python, without a torch header: how the library was built and how
-// the operators cut their work. Pure functions, so that tests and benchmarks can reason about them.
+// Host-only facts and heuristics for Python, without a torch header: how the library was built and
+// how the operators cut their work. Pure functions, so that tests and benchmarks can reason about
+// them.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -16,7 +17,8 @@ PYBIND11_MODULE(_host, m) {
       "build_info", [] { return std::string(LLMQAT_BUILD_INFO); },
       "The build as a JSON object: compiler, flags, torch, CUDA, instruction sets.");
   m.def(
-      "detected_isa", [] { return std::string(llmqat::cpu::isa_name(llmqat::cpu::detected_isa())); },
+      "detected_isa",
+      [] { return std::string(llmqat::cpu::isa_name(llmqat::cpu::detected_isa())); },
       "The best CPU instruction set of this machine: scalar, avx2 or avx512vnni.");
   m.def("rows_per_task", &llmqat::rows_per_task, py::arg("row_bytes"),
         "Rows that one CPU task takes, for rows of row_bytes of traffic.");

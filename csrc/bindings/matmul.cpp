@@ -1,5 +1,6 @@
 // Bindings of the matrix operators: int_matmul, quantized_matmul, quantized_linear, qat_linear,
-// repack_weight, repacked_matmul, float_matmul. Shapes and meaning: llmqat_kernels/schemas.py, spec 7, 8, 17.
+// repack_weight, repacked_matmul, float_matmul. Shapes and meaning: llmqat_kernels/schemas.py, spec
+// 7, 8, 17.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -17,7 +18,26 @@ namespace {
 using cpu::Layout;
 using cpu::OutType;
 
-constexpr int64_t kRowsPerPart = 48;  // four tiles: enough to pay for a second pass over the weights
+constexpr int64_t kRowsPerPart =
+    48;  // four tiles: enough to pay for a second pass over the weights
+
+// Uninitialized, contiguous, on the CPU. The shim call goes past the dispatcher: a decode step
+// makes some hundred outputs of a few KiB, and the boxed aten::new_empty costs more than a small
+// product.
+Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes[d]);
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
 
 OutType out_type(ScalarType dtype, const char* name) {
   check_float_dtype(dtype, name);
@@ -36,7 +56,7 @@ std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
 Tensor as_float32(const Tensor& t, const char* name) {
   if (t.scalar_type() == ScalarType::Float) return as_contiguous(t);
   const Tensor from = as_contiguous(t);
-  Tensor to = new_empty(t, sizes_of(t), ScalarType::Float);
+  Tensor to = empty_cpu(sizes_of(t), ScalarType::Float);
   dispatch_float(t.scalar_type(), name, [&](auto tag) {
     using T = decltype(tag);
     const T* in = data<T>(from);
@@ -55,9 +75,12 @@ std::optional<Tensor> bias_float32(const std::optional<Tensor>& bias, int64_t n)
   return as_float32(*bias, "bias");
 }
 
-const float* pointer(const std::optional<Tensor>& t) { return t.has_value() ? data<float>(*t) : nullptr; }
+const float* pointer(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<float>(*t) : nullptr;
+}
 
-// All panels and rows of a matmul on torch's threads: by panels, and by rows, too, where panels are few.
+// All panels and rows of a matmul on torch's threads: by panels, and by rows, too, where panels are
+// few.
 template <class Matmul>
 void run_parallel(const Matmul& matmul, int64_t rows, int64_t panel_bytes) {
   const int64_t panels = matmul.panels();
@@ -67,7 +90,8 @@ void run_parallel(const Matmul& matmul, int64_t rows, int64_t panel_bytes) {
   if (panels < 2 * threads) {
     parts = std::max<int64_t>(1, std::min(cpu::ceil_div(2 * threads, panels), rows / kRowsPerPart));
   }
-  const int64_t row_work = std::max<int64_t>(1, rows / parts / 8);  // 8 rows take about the time of one read
+  const int64_t row_work =
+      std::max<int64_t>(1, rows / parts / 8);  // 8 rows take about the time of one read
   parallel_rows(panels * parts, panel_bytes * row_work, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t part = begin / panels, first = begin % panels;
@@ -78,7 +102,8 @@ void run_parallel(const Matmul& matmul, int64_t rows, int64_t panel_bytes) {
   });
 }
 
-// ---- weights --------------------------------------------------------------------------------------
+// ---- weights
+// --------------------------------------------------------------------------------------
 
 struct Weight {
   Tensor keep;
@@ -118,8 +143,8 @@ Weight repacked(const Tensor& w, int64_t w_bits, int64_t n, int64_t k) {
   const Tensor held = as_contiguous(w);
   const cpu::PackedHeader header = packed_header(held);
   const Layout expected = w_bits <= 4 ? Layout::panels4 : Layout::panels8;
-  STD_TORCH_CHECK(header.layout == expected, "w: repacked for another bit width than w_bits ", w_bits,
-                  "; call repack_weight with it");
+  STD_TORCH_CHECK(header.layout == expected, "w: repacked for another bit width than w_bits ",
+                  w_bits, "; call repack_weight with it");
   STD_TORCH_CHECK(header.n == n, "n: the repacked weight has ", header.n, " rows, got ", n);
   // Nibbles do not tell an odd K: repack_weight saw one column more, whose code is 0.
   STD_TORCH_CHECK(header.k == k || (header.k == k + 1 && k % 2 != 0 && expected == Layout::panels4),
@@ -140,7 +165,8 @@ Tensor weight_scale(const Tensor& w_scale, int64_t n, int64_t k, int64_t group_s
   return as_contiguous(w_scale);
 }
 
-// ---- integer products -----------------------------------------------------------------------------
+// ---- integer products
+// -----------------------------------------------------------------------------
 
 struct Rows {
   int64_t m, k;
@@ -158,50 +184,55 @@ Rows rows_of(const Tensor& t, const char* name) {
 Rows activation_rows(const Tensor& a) {
   const Rows rows = rows_of(a, "a");
   check_dtype(a, ScalarType::Char, "a");
-  STD_TORCH_CHECK(rows.k <= cpu::kMaxK, "a: K = ", rows.k, " could overflow int32; at most ", cpu::kMaxK);
+  STD_TORCH_CHECK(rows.k <= cpu::kMaxK, "a: K = ", rows.k, " could overflow int32; at most ",
+                  cpu::kMaxK);
   return rows;
 }
 
 void run_integer(const cpu::QuantizedProblem& problem) {
   if (problem.m == 0 || problem.n == 0) return;
-  run_parallel(cpu::QuantizedMatmul(problem), problem.m, cpu::panel_bytes(problem.layout, problem.k));
+  run_parallel(cpu::QuantizedMatmul(problem), problem.m,
+               cpu::panel_bytes(problem.layout, problem.k));
 }
 
 Tensor int_matmul(const Tensor& a, const Tensor& w, int64_t w_bits) {
   const auto [m, k] = activation_rows(a);
   const Weight weight = row_major(w, w_bits, k);
   const Tensor codes = as_contiguous(a);
-  Tensor y = new_empty(a, with_last(a, weight.n), ScalarType::Int);
-  run_integer({data<int8_t>(codes), nullptr, m, weight.n, k, weight.bytes, weight.layout, nullptr, -1, nullptr,
-               OutType::int32, y.mutable_data_ptr()});
+  Tensor y = empty_cpu(with_last(a, weight.n), ScalarType::Int);
+  run_integer({data<int8_t>(codes), nullptr, m, weight.n, k, weight.bytes, weight.layout, nullptr,
+               -1, nullptr, OutType::int32, y.mutable_data_ptr()});
   return y;
 }
 
-Tensor scaled_product(const Tensor& a, const Tensor& a_scale, const Weight& weight, const Tensor& w_scale,
-                      const std::optional<Tensor>& bias, int64_t group_size, ScalarType dtype) {
+Tensor scaled_product(const Tensor& a, const Tensor& a_scale, const Weight& weight,
+                      const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t group_size,
+                      ScalarType dtype) {
   const auto [m, k] = activation_rows(a);
   check_cpu(a_scale, "a_scale");
   check_dtype(a_scale, ScalarType::Float, "a_scale");
-  STD_TORCH_CHECK(a_scale.numel() == m, "a_scale: expected one value a row (", m, "), got ", a_scale.numel());
+  STD_TORCH_CHECK(a_scale.numel() == m, "a_scale: expected one value a row (", m, "), got ",
+                  a_scale.numel());
   const Tensor sw = weight_scale(w_scale, weight.n, k, group_size);
   const std::optional<Tensor> b = bias_float32(bias, weight.n);
   const Tensor codes = as_contiguous(a), sx = as_contiguous(a_scale);
   const OutType type = out_type(dtype, "dtype");
-  Tensor y = new_empty(a, with_last(a, weight.n), dtype);
-  run_integer({data<int8_t>(codes), data<float>(sx), m, weight.n, k, weight.bytes, weight.layout, data<float>(sw),
-               group_size, pointer(b), type, y.mutable_data_ptr()});
+  Tensor y = empty_cpu(with_last(a, weight.n), dtype);
+  run_integer({data<int8_t>(codes), data<float>(sx), m, weight.n, k, weight.bytes, weight.layout,
+               data<float>(sw), group_size, pointer(b), type, y.mutable_data_ptr()});
   return y;
 }
 
-Tensor quantized_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w, const Tensor& w_scale,
-                        const std::optional<Tensor>& bias, int64_t w_bits, int64_t group_size, ScalarType dtype) {
+Tensor quantized_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
+                        const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t w_bits,
+                        int64_t group_size, ScalarType dtype) {
   const Weight weight = row_major(w, w_bits, activation_rows(a).k);
   return scaled_product(a, a_scale, weight, w_scale, bias, group_size, dtype);
 }
 
-Tensor repacked_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w, const Tensor& w_scale,
-                       const std::optional<Tensor>& bias, int64_t n, int64_t w_bits, int64_t group_size,
-                       ScalarType dtype) {
+Tensor repacked_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
+                       const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t n,
+                       int64_t w_bits, int64_t group_size, ScalarType dtype) {
   const Weight weight = repacked(w, w_bits, n, activation_rows(a).k);
   return scaled_product(a, a_scale, weight, w_scale, bias, group_size, dtype);
 }
@@ -210,10 +241,10 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t a_bits) {
   const auto [m, k] = rows_of(x, "x");
   check_bits(a_bits, "a_bits");
   const Tensor from = as_contiguous(x);
-  Tensor codes = new_empty(x, sizes_of(x), ScalarType::Char);
+  Tensor codes = empty_cpu(sizes_of(x), ScalarType::Char);
   std::vector<int64_t> scale_sizes = sizes_of(x);
   scale_sizes.pop_back();
-  Tensor scale = new_empty(x, scale_sizes, ScalarType::Float);
+  Tensor scale = empty_cpu(scale_sizes, ScalarType::Float);
   int8_t* to = mutable_data<int8_t>(codes);
   float* scales = mutable_data<float>(scale);
   dispatch_float(x.scalar_type(), "x", [&, k = k, m = m](auto tag) {
@@ -229,27 +260,36 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t a_bits) {
 }
 
 // Activations off (A16, spec 7): fp32 product of x and the weight dequantized to x's dtype.
-Tensor float_linear(const Tensor& x, const Weight& weight, const Tensor& w_scale, const std::optional<Tensor>& bias,
-                    int64_t group_size) {
+Tensor float_linear(const Tensor& x, const Weight& weight, const Tensor& w_scale,
+                    const std::optional<Tensor>& bias, int64_t group_size) {
   const auto [m, k] = rows_of(x, "x");
   const OutType type = out_type(x.scalar_type(), "x");
   const Tensor sw = weight_scale(w_scale, weight.n, k, group_size);
   const std::optional<Tensor> b = bias_float32(bias, weight.n);
   const Tensor x32 = as_float32(x, "x");
-  Tensor y = new_empty(x, with_last(x, weight.n), x.scalar_type());
+  Tensor y = empty_cpu(with_last(x, weight.n), x.scalar_type());
   const cpu::RoundTo round = type == OutType::bfloat16  ? cpu::RoundTo::bfloat16
                              : type == OutType::float16 ? cpu::RoundTo::float16
                                                         : cpu::RoundTo::none;
-  const cpu::FloatProblem problem{.x = data<float>(x32), .m = m, .n = weight.n, .k = k, .w = weight.bytes,
-                                  .layout = weight.layout, .w_scale = data<float>(sw),
-                                  .group_size = group_size == -1 ? k : group_size, .round = round,
-                                  .bias = pointer(b), .out_type = type, .y = y.mutable_data_ptr()};
+  const cpu::FloatProblem problem{.x = data<float>(x32),
+                                  .m = m,
+                                  .n = weight.n,
+                                  .k = k,
+                                  .w = weight.bytes,
+                                  .layout = weight.layout,
+                                  .w_scale = data<float>(sw),
+                                  .group_size = group_size == -1 ? k : group_size,
+                                  .round = round,
+                                  .bias = pointer(b),
+                                  .out_type = type,
+                                  .y = y.mutable_data_ptr()};
   run_parallel(cpu::FloatMatmul(problem), m, k * cpu::kFloatPanel * 4);
   return y;
 }
 
-Tensor quantized_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale, const std::optional<Tensor>& bias,
-                        int64_t w_bits, int64_t a_bits, int64_t group_size) {
+Tensor quantized_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                        const std::optional<Tensor>& bias, int64_t w_bits, int64_t a_bits,
+                        int64_t group_size) {
   const Weight weight = row_major(w, w_bits, rows_of(x, "x").k);
   if (a_bits == 16 || a_bits == 32) return float_linear(x, weight, w_scale, bias, group_size);
   const auto [codes, scale] = quantize_rows(x, a_bits);
@@ -257,37 +297,43 @@ Tensor quantized_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
 }
 
 // weight and ste_clip are for the backward pass, which autograd composes from other operators.
-std::tuple<Tensor, Tensor, Tensor> qat_linear(const Tensor& x, const Tensor& weight, const Tensor& w_codes,
-                                              const Tensor& w_scale, const std::optional<Tensor>& bias,
-                                              int64_t a_bits, int64_t group_size, std::optional<double> ste_clip) {
+std::tuple<Tensor, Tensor, Tensor> qat_linear(const Tensor& x, const Tensor& weight,
+                                              const Tensor& w_codes, const Tensor& w_scale,
+                                              const std::optional<Tensor>& bias, int64_t a_bits,
+                                              int64_t group_size, std::optional<double> ste_clip) {
   check_dtype(w_codes, ScalarType::Char, "w_codes");
   check_dim(w_codes, 2, "w_codes");
   check_shape(weight, {w_codes.size(0), w_codes.size(1)}, "weight");
   const Weight codes_w = row_major(w_codes, kMaxBits, rows_of(x, "x").k);
   const auto [codes, scale] = quantize_rows(x, a_bits);
-  return {scaled_product(codes, scale, codes_w, w_scale, bias, group_size, x.scalar_type()), codes, scale};
+  return {scaled_product(codes, scale, codes_w, w_scale, bias, group_size, x.scalar_type()), codes,
+          scale};
 }
 
-// ---- layouts --------------------------------------------------------------------------------------
+// ---- layouts
+// --------------------------------------------------------------------------------------
 
-Tensor new_packed(const Tensor& like, Layout layout, int64_t n, int64_t k) {
-  Tensor packed = new_empty(like, {cpu::packed_bytes(layout, n, k)}, ScalarType::Byte);
+Tensor new_packed(Layout layout, int64_t n, int64_t k) {
+  Tensor packed = empty_cpu({cpu::packed_bytes(layout, n, k)}, ScalarType::Byte);
   cpu::write_header(packed.mutable_data_ptr(), layout, n, k);
   return packed;
 }
 
 Tensor repack_floats(const Tensor& w, int64_t w_bits) {
-  STD_TORCH_CHECK(w_bits == 16 || w_bits == 32, "w_bits: expected 16 or 32 for a float weight, got ", w_bits);
+  STD_TORCH_CHECK(w_bits == 16 || w_bits == 32,
+                  "w_bits: expected 16 or 32 for a float weight, got ", w_bits);
   const int64_t n = w.size(0), k = w.size(1);
-  const Layout layout = w.scalar_type() == ScalarType::BFloat16 ? Layout::panels_bf16 : Layout::panels_f32;
+  const Layout layout =
+      w.scalar_type() == ScalarType::BFloat16 ? Layout::panels_bf16 : Layout::panels_f32;
   const Tensor held = as_contiguous(w);
-  Tensor packed = new_packed(w, layout, n, k);
+  Tensor packed = new_packed(layout, n, k);
   uint8_t* panels = mutable_data<uint8_t>(packed) + cpu::kHeaderBytes;
   dispatch_float(w.scalar_type(), "w", [&](auto tag) {
     using T = decltype(tag);
-    parallel_rows(cpu::ceil_div(n, cpu::kFloatPanel), cpu::panel_bytes(layout, k), [&](int64_t begin, int64_t end) {
-      cpu::repack_float(data<T>(held), n, k, begin, end, panels);
-    });
+    parallel_rows(cpu::ceil_div(n, cpu::kFloatPanel), cpu::panel_bytes(layout, k),
+                  [&](int64_t begin, int64_t end) {
+                    cpu::repack_float(data<T>(held), n, k, begin, end, panels);
+                  });
   });
   return packed;
 }
@@ -300,7 +346,7 @@ Tensor repack_weight(const Tensor& w, int64_t w_bits) {
   const int64_t k = nibbles ? 2 * w.size(1) : w.size(1);
   const Weight weight = row_major(w, w_bits, k);
   const Layout target = w_bits <= 4 ? Layout::panels4 : Layout::panels8;
-  Tensor packed = new_packed(w, target, weight.n, k);
+  Tensor packed = new_packed(target, weight.n, k);
   uint8_t* panels = mutable_data<uint8_t>(packed) + cpu::kHeaderBytes;
   const int64_t count = cpu::ceil_div(weight.n, cpu::kPanelChannels);
   std::vector<char> fits(static_cast<size_t>(count), 1);
@@ -309,11 +355,13 @@ Tensor repack_weight(const Tensor& w, int64_t w_bits) {
       fits[p] = cpu::repack_int(weight.bytes, weight.layout, weight.n, k, target, p, p + 1, panels);
     }
   });
-  for (const char ok : fits) STD_TORCH_CHECK(ok, "w: a code does not fit w_bits ", w_bits, " (range -8 to 7)");
+  for (const char ok : fits)
+    STD_TORCH_CHECK(ok, "w: a code does not fit w_bits ", w_bits, " (range -8 to 7)");
   return packed;
 }
 
-Tensor float_matmul(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t n) {
+Tensor float_matmul(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias,
+                    int64_t n) {
   const auto [m, k] = rows_of(x, "x");
   const OutType type = out_type(x.scalar_type(), "x");
   const Tensor held = as_contiguous(w);
@@ -324,10 +372,16 @@ Tensor float_matmul(const Tensor& x, const Tensor& w, const std::optional<Tensor
   STD_TORCH_CHECK(header.k == k, "w: repacked for K = ", header.k, ", but x has K = ", k);
   const std::optional<Tensor> b = bias_float32(bias, n);
   const Tensor x32 = as_float32(x, "x");
-  Tensor y = new_empty(x, with_last(x, n), x.scalar_type());
-  const cpu::FloatProblem problem{.x = data<float>(x32), .m = m, .n = n, .k = k,
-                                  .w = data<uint8_t>(held) + cpu::kHeaderBytes, .layout = header.layout,
-                                  .bias = pointer(b), .out_type = type, .y = y.mutable_data_ptr()};
+  Tensor y = empty_cpu(with_last(x, n), x.scalar_type());
+  const cpu::FloatProblem problem{.x = data<float>(x32),
+                                  .m = m,
+                                  .n = n,
+                                  .k = k,
+                                  .w = data<uint8_t>(held) + cpu::kHeaderBytes,
+                                  .layout = header.layout,
+                                  .bias = pointer(b),
+                                  .out_type = type,
+                                  .y = y.mutable_data_ptr()};
   run_parallel(cpu::FloatMatmul(problem), m, cpu::panel_bytes(header.layout, k));
   return y;
 }
@@ -338,17 +392,20 @@ Tensor float_matmul(const Tensor& x, const Tensor& w, const std::optional<Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
   m.def("int_matmul(Tensor a, Tensor w, int w_bits) -> Tensor");
   m.def(
-      "quantized_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int w_bits,"
+      "quantized_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int "
+      "w_bits,"
       " int group_size, ScalarType dtype) -> Tensor");
   m.def(
       "quantized_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int w_bits, int a_bits,"
       " int group_size=-1) -> Tensor");
   m.def(
-      "qat_linear(Tensor x, Tensor weight, Tensor w_codes, Tensor w_scale, Tensor? bias, int a_bits,"
+      "qat_linear(Tensor x, Tensor weight, Tensor w_codes, Tensor w_scale, Tensor? bias, int "
+      "a_bits,"
       " int group_size=-1, float? ste_clip=None) -> (Tensor, Tensor, Tensor)");
   m.def("repack_weight(Tensor w, int w_bits) -> Tensor");
   m.def(
-      "repacked_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits,"
+      "repacked_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, "
+      "int w_bits,"
       " int group_size, ScalarType dtype) -> Tensor");
   m.def("float_matmul(Tensor x, Tensor w, Tensor? bias, int n) -> Tensor");
 }

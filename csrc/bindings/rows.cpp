@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, int64_t grou
     parallel_rows(rows.count, rows.length * (sizeof(T) + 1), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t at = r * rows.length;
-        scales[r] = cpu::quantize_row(in + at, rows.length, static_cast<int>(bits), bf16_scale,
-                                      out + at);
+        scales[r] =
+            cpu::quantize_row(in + at, rows.length, static_cast<int>(bits), bf16_scale, out + at);
       }
     });
   });
@@ -151,10 +151,12 @@ Tensor unpack_int4(const Tensor& packed_, int64_t columns) {
 }  // namespace llmqat::bindings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
-  m.def("quantize(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)");
+  m.def(
+      "quantize(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)");
   m.def("dequantize(Tensor codes, Tensor scale, int group_size, ScalarType dtype) -> Tensor");
-  m.def("fake_quantize(Tensor x, int bits, int group_size=-1, float? ste_clip=None,"
-        " bool bf16_scale=False) -> Tensor");
+  m.def(
+      "fake_quantize(Tensor x, int bits, int group_size=-1, float? ste_clip=None,"
+      " bool bf16_scale=False) -> Tensor");
   m.def("fake_quantize_backward(Tensor grad, Tensor x, float? ste_clip) -> Tensor");
   m.def("pack_int4(Tensor codes) -> Tensor");
   m.def("unpack_int4(Tensor packed, int columns) -> Tensor");

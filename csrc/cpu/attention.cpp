@@ -26,14 +26,14 @@
 namespace llmqat::cpu {
 
 template <class T, class C>
-void attend(const CachedHead<C>& cache, const T* q, const int64_t* q_offset, const int64_t* out_offset,
+void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets,
             const int64_t* lengths, int64_t rows, float scaling, T* out, float* scratch) {
-  LLMQAT_DISPATCH_ISA(attend(cache, q, q_offset, out_offset, lengths, rows, scaling, out, scratch))
+  LLMQAT_DISPATCH_ISA(attend(cache, q, offsets, lengths, rows, scaling, out, scratch))
 }
 
 #define LLMQAT_INSTANTIATE(T, C)                                                                     \
   template void attend<T, C>(const CachedHead<C>&, const T*, const int64_t*, const int64_t*,         \
-                             const int64_t*, int64_t, float, T*, float*);
+                             int64_t, float, T*, float*);
 #define LLMQAT_INSTANTIATE_ALL(T)  \
   LLMQAT_INSTANTIATE(T, int8_t)    \
   LLMQAT_INSTANTIATE(T, uint8_t)   \

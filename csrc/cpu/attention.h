@@ -31,10 +31,10 @@ inline int64_t attention_scratch(int64_t head_dim) {
          kAttentionBlock * kAttentionRows;
 }
 
-// Row r: query q + q_offset[r] (head_dim values of T) over tokens 0..lengths[r]-1, to out + out_offset[r]
-// (spec 9). rows <= kAttentionRows. C is int8_t, uint8_t (packed int4), float, bf16 or fp16.
+// Row r: query q + offsets[r] (head_dim values) over tokens 0..lengths[r]-1, to out + offsets[r] (spec 9).
+// rows <= kAttentionRows. C is int8_t, uint8_t (packed int4), float, bf16 or fp16.
 template <class T, class C>
-void attend(const CachedHead<C>& cache, const T* q, const int64_t* q_offset, const int64_t* out_offset,
+void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets,
             const int64_t* lengths, int64_t rows, float scaling, T* out, float* scratch);
 
 }  // namespace llmqat::cpu

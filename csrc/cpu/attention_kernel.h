@@ -25,8 +25,7 @@ template <class C>
 LLMQAT_SIMD void expand_rotated(const C* from, int64_t row, int64_t count, int64_t head_dim, int64_t padded,
                                 const float* cos, const float* sin, float* to) {
   const int64_t half = head_dim / 2;
-  // Both halves must be whole vectors, and packed columns even.
-  const int64_t whole = half % (kLanes > 1 ? kLanes : 2) == 0 ? half : 0;
+  const int64_t whole = half % kLanes == 0 ? half : 0;  // else packed nibbles may not start at a byte
   for (int64_t t = 0; t < count; ++t, from += row, to += padded, cos += half, sin += half) {
     for (int64_t c = 0; c < whole; c += kLanes) {
       const F x1 = load_cached(from, c), x2 = load_cached(from, c + half);
@@ -178,7 +177,7 @@ LLMQAT_SIMD void accumulate_rows(int64_t n, const float* weights, FloatRows v, i
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T, class C>
-LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* q_offset, const int64_t* out_offset,
+LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets,
                         const int64_t* lengths, int64_t rows, float scaling, T* out, float* scratch) {
   const int64_t padded = padded_head_dim(cache.head_dim);
   const int64_t columns = (cache.head_dim + kLanes - 1) / kLanes * kLanes;
@@ -189,8 +188,9 @@ LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* q
   float* scores = sums + kAttentionRows * padded;
   float top[kAttentionRows], total[kAttentionRows];
 
-  // Also the padding columns of expanded rows: nothing writes them again.
-  std::memset(scratch, 0, static_cast<size_t>(2 * kAttentionBlock + rows) * padded * sizeof(float));
+  if (columns != cache.head_dim) {  // zero the padding columns, once: nothing writes them again
+    std::memset(scratch, 0, static_cast<size_t>(2 * kAttentionBlock + rows) * padded * sizeof(float));
+  }
   std::memset(sums, 0, static_cast<size_t>(rows) * padded * sizeof(float));
   int64_t longest = 0;
   for (int64_t r = 0; r < rows; ++r) {
@@ -198,7 +198,7 @@ LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* q
     total[r] = 0.0f;
     longest = lengths[r] > longest ? lengths[r] : longest;
     for (int64_t c = 0; c < cache.head_dim; c += kLanes) {
-      const F v = load_first(q + q_offset[r] + c, cache.head_dim - c);
+      const F v = load_first(q + offsets[r] + c, cache.head_dim - c);
       store_first(queries + r * padded + c, cache.head_dim - c, mul(v, set(scaling)));
     }
   }
@@ -232,7 +232,7 @@ LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* q
   for (int64_t r = 0; r < rows; ++r) {
     const F scale = set(lengths[r] > 0 ? 1.0f / total[r] : 0.0f);
     for (int64_t c = 0; c < cache.head_dim; c += kLanes) {
-      store_first(out + out_offset[r] + c, cache.head_dim - c, mul(load(sums + r * padded + c), scale));
+      store_first(out + offsets[r] + c, cache.head_dim - c, mul(load(sums + r * padded + c), scale));
     }
   }
 }

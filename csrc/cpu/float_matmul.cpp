@@ -10,9 +10,9 @@
 namespace llmqat::cpu {
 namespace {
 
-constexpr int64_t kSliceK = 1024;             // 2 panels of a slice are 128 KiB: far below L2
-constexpr int64_t kSliceRows = 512;           // partial sums of a group: 512 x 128 fp32 = 256 KiB
-constexpr int64_t kGroupBytes = 512 << 10;    // weights of a group and slice
+constexpr int64_t kSliceK = 1024;           // 2 panels of a slice are 128 KiB: far below L2
+constexpr int64_t kSliceRows = 512;         // partial sums of a group: 512 x 128 fp32 = 256 KiB
+constexpr int64_t kGroupBytes = 512 << 10;  // weights of a group and slice
 constexpr int64_t kGroupPanels = 8;
 
 thread_local Scratch<float> t_partial;
@@ -38,7 +38,8 @@ void tile_scalar(int rows, int panels, const FloatTileArgs& t) {
 
 int one_panel(int) { return 1; }
 
-constexpr FloatKernels kFloatKernelsScalar = {4, one_panel, tile_scalar<float>, tile_scalar<uint16_t>};
+constexpr FloatKernels kFloatKernelsScalar = {4, one_panel, tile_scalar<float>,
+                                              tile_scalar<uint16_t>};
 
 int64_t power_of_two_at_most(int64_t n) {
   int64_t power = 1;
@@ -65,7 +66,8 @@ FloatMatmul::FloatMatmul(const FloatProblem& problem)
 
 void FloatMatmul::dequantize(int64_t panel, float* out) const {
   const auto call = [&](auto t) {
-    dequantize_panel<decltype(t)>(p_.w, p_.layout, p_.n, p_.k, p_.w_scale, p_.group_size, panel, out);
+    dequantize_panel<decltype(t)>(p_.w, p_.layout, p_.n, p_.k, p_.w_scale, p_.group_size, panel,
+                                  out);
   };
   switch (p_.round) {
     case RoundTo::bfloat16: return call(bf16{});
@@ -75,14 +77,15 @@ void FloatMatmul::dequantize(int64_t panel, float* out) const {
 }
 
 // count panels starting at `panels`, which is panel first_panel of the weight.
-void FloatMatmul::run_group(const void* panels, int64_t first_panel, int64_t count, int64_t row_begin,
-                            int64_t row_end) const {
+void FloatMatmul::run_group(const void* panels, int64_t first_panel, int64_t count,
+                            int64_t row_begin, int64_t row_end) const {
   const Cut rows(row_begin, row_end, kernels_.max_rows);
   // One row block reads each weight once: nothing to keep in cache, so no slices.
   const int64_t slice = rows.parts == 1 ? std::max<int64_t>(1, p_.k) : kSliceK;
   const int64_t ld = count * kFloatPanel;
   float* partial = t_partial.get((row_end - row_begin) * ld);
-  const int64_t most = kernels_.tile_panels(static_cast<int>(ceil_div(row_end - row_begin, rows.parts)));
+  const int64_t most =
+      kernels_.tile_panels(static_cast<int>(ceil_div(row_end - row_begin, rows.parts)));
   for (int64_t k = 0; k == 0 || k < p_.k; k += slice) {
     for (int64_t b = 0; b < rows.parts; ++b) {
       const int64_t row = rows.at(b);
@@ -92,8 +95,9 @@ void FloatMatmul::run_group(const void* panels, int64_t first_panel, int64_t cou
         step = std::min(most, power_of_two_at_most(count - p));
         const int64_t first = p * p_.k * kFloatPanel + k * kFloatPanel;
         const char* w = static_cast<const char*>(panels) + first * (bf16_ ? 2 : 4);
-        const FloatTileArgs args{p_.x + row * p_.k + k, p_.k,  w, p_.k * kFloatPanel, std::min(slice, p_.k - k),
-                                 k > 0,                 out + p * kFloatPanel, ld};
+        const FloatTileArgs args{
+            p_.x + row * p_.k + k, p_.k, w, p_.k * kFloatPanel, std::min(slice, p_.k - k), k > 0,
+            out + p * kFloatPanel, ld};
         (bf16_ ? kernels_.tile_bf16 : kernels_.tile_f32)(block, static_cast<int>(step), args);
       }
       if (k + slice < p_.k) continue;
@@ -105,7 +109,8 @@ void FloatMatmul::run_group(const void* panels, int64_t first_panel, int64_t cou
   }
 }
 
-void FloatMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) const {
+void FloatMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_begin,
+                      int64_t row_end) const {
   const bool packed = p_.layout == Layout::panels_f32 || bf16_;
   const int64_t floats = p_.k * kFloatPanel;
   for (int64_t panel = panel_begin; panel < panel_end;) {

@@ -20,8 +20,8 @@ LLMQAT_INLINE512 __m512 load_weights(const uint16_t* p) {  // bf16 is the upper 
 }
 
 template <int R, int P, class W>
-LLMQAT_INLINE512 void k_step(__m512 (&acc)[R][P], const float* const* base, int64_t ldx, int64_t k, const W* w,
-                             int64_t stride) {
+LLMQAT_INLINE512 void k_step(__m512 (&acc)[R][P], const float* const* base, int64_t ldx, int64_t k,
+                             const W* w, int64_t stride) {
   if constexpr (R <= 3) {  // keep the activations, stream the panels
     __m512 x[R];
 #pragma GCC unroll 3
@@ -52,9 +52,11 @@ LLMQAT_TARGET_AVX512 void tile(const FloatTileArgs& t) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p)
-      acc[r][p] = t.resume ? _mm512_loadu_ps(t.out + r * t.ldo + p * kFloatPanel) : _mm512_setzero_ps();
+      acc[r][p] =
+          t.resume ? _mm512_loadu_ps(t.out + r * t.ldo + p * kFloatPanel) : _mm512_setzero_ps();
 
-  constexpr int kBases = (R + 2) / 3;  // row r is base[r / 3] + (r % 3) * ldx: one address, few pointers
+  constexpr int kBases =
+      (R + 2) / 3;  // row r is base[r / 3] + (r % 3) * ldx: one address, few pointers
   const float* base[kBases];
   const int64_t ldx = t.ldx, stride = t.panel_stride;
 #pragma GCC unroll 5

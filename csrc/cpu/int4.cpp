@@ -1,12 +1,9 @@
 // pack_int4 and unpack_int4 over rows.
 //
-// Math:     spec 8. A pair of codes is one 16-bit lane, so packing is two masks and a shift in the lane.
-// Shapes:   one row a call.
-// Dtypes:   int8 codes, uint8 bytes.
-// Tiling:   64 codes (AVX-512) or 32 (AVX2) a step.
-// Cost:     memory-bound. Floor: 1.5 bytes of traffic per code.
-// Numerics: integers.
-// Edges:    an odd last column is paired with nibble 0; tails use the scalar formula.
+// Math:     spec 8. A pair of codes is one 16-bit lane, so packing is two masks and a shift in the
+// lane. Shapes:   one row a call. Dtypes:   int8 codes, uint8 bytes. Tiling:   64 codes (AVX-512)
+// or 32 (AVX2) a step. Cost:     memory-bound. Floor: 1.5 bytes of traffic per code. Numerics:
+// integers. Edges:    an odd last column is paired with nibble 0; tails use the scalar formula.
 // Tests:    tests/kernels/test_native.py.
 // Bench:    llmqat bench pack_int4
 #include <immintrin.h>
@@ -35,8 +32,8 @@ LLMQAT_TARGET_AVX2 void pack_avx2(const int8_t* codes, int64_t columns, uint8_t*
   int64_t i = 0;
   for (; i + 32 <= columns; i += 32) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
-    const __m256i pair = _mm256_or_si256(_mm256_and_si256(v, even),
-                                         _mm256_and_si256(_mm256_srli_epi16(v, 4), odd));
+    const __m256i pair =
+        _mm256_or_si256(_mm256_and_si256(v, even), _mm256_and_si256(_mm256_srli_epi16(v, 4), odd));
     const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(pair, pair), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(packed + i / 2), _mm256_castsi256_si128(bytes));
   }
@@ -50,8 +47,8 @@ LLMQAT_TARGET_AVX2 void unpack_avx2(const uint8_t* packed, int64_t columns, int8
   for (; i + 32 <= columns; i += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2));
     const __m256i v = _mm256_cvtepu8_epi16(bytes);
-    const __m256i pair = _mm256_or_si256(_mm256_and_si256(v, even),
-                                         _mm256_and_si256(_mm256_slli_epi16(v, 4), odd));
+    const __m256i pair =
+        _mm256_or_si256(_mm256_and_si256(v, even), _mm256_and_si256(_mm256_slli_epi16(v, 4), odd));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
                         _mm256_sub_epi8(_mm256_xor_si256(pair, sign), sign));
   }
@@ -63,8 +60,8 @@ LLMQAT_TARGET_AVX512 void pack_avx512(const int8_t* codes, int64_t columns, uint
   int64_t i = 0;
   for (; i + 64 <= columns; i += 64) {
     const __m512i v = _mm512_loadu_si512(codes + i);
-    const __m512i pair = _mm512_or_si512(_mm512_and_si512(v, even),
-                                         _mm512_and_si512(_mm512_srli_epi16(v, 4), odd));
+    const __m512i pair =
+        _mm512_or_si512(_mm512_and_si512(v, even), _mm512_and_si512(_mm512_srli_epi16(v, 4), odd));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed + i / 2), _mm512_cvtepi16_epi8(pair));
   }
   pack_scalar(codes + i, columns - i, packed + i / 2);
@@ -77,8 +74,8 @@ LLMQAT_TARGET_AVX512 void unpack_avx512(const uint8_t* packed, int64_t columns, 
   for (; i + 64 <= columns; i += 64) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + i / 2));
     const __m512i v = _mm512_cvtepu8_epi16(bytes);
-    const __m512i pair = _mm512_or_si512(_mm512_and_si512(v, even),
-                                         _mm512_and_si512(_mm512_slli_epi16(v, 4), odd));
+    const __m512i pair =
+        _mm512_or_si512(_mm512_and_si512(v, even), _mm512_and_si512(_mm512_slli_epi16(v, 4), odd));
     _mm512_storeu_si512(codes + i, _mm512_sub_epi8(_mm512_xor_si512(pair, sign), sign));
   }
   unpack_scalar(packed + i / 2, columns - i, codes + i);

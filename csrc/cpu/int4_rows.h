@@ -1,4 +1,5 @@
-// Packing and unpacking rows of 4-bit codes on the CPU (spec 8). Any alignment; any number of columns.
+// Packing and unpacking rows of 4-bit codes on the CPU (spec 8). Any alignment; any number of
+// columns.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,8 @@ namespace {
 
 // Sums are unsigned: the contract is arithmetic modulo 2^32 and signed overflow is undefined.
 template <bool kInt4>
-void tile_row(const int8_t* a, const uint8_t* panel, int64_t quads, uint32_t (&acc)[kPanelChannels]) {
+void tile_row(const int8_t* a, const uint8_t* panel, int64_t quads,
+              uint32_t (&acc)[kPanelChannels]) {
   constexpr int kHalf = kPanelChannels / 2;
   for (int64_t q = 0; q < quads; ++q, a += kQuad) {
     for (int i = 0; i < (kInt4 ? kHalf : kPanelChannels); ++i) {
@@ -48,7 +49,8 @@ int32_t sum(const int8_t* a, int64_t n) {
 
 }  // namespace
 
-const IntKernels kIntKernelsScalar = {4, tile_panels, tile<true>, tile<false>, nullptr, nullptr, sum};
+const IntKernels kIntKernelsScalar = {4,       tile_panels, tile<true>, tile<false>,
+                                      nullptr, nullptr,     sum};
 
 const IntKernels& int_kernels(Isa isa) {
   switch (isa) {

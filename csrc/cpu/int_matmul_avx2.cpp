@@ -1,9 +1,10 @@
 // AVX2 integer tiles (no VNNI). Contract, layout and reasons: int_matmul.h.
 //
 // int4: vpmaddubsw of u4 and s8 gives pairs of at most 2 * 15 * 128 = 3840: no saturation.
-// int8: the same instruction would saturate (2 * 255 * 128), so weights and activations are widened to
-// 16 bits, even and odd bytes apart, and multiplied by vpmaddwd, which is exact. The widened weight is
-// code = u - 128, so the offset is already gone and is added back to keep one contract for all tiles.
+// int8: the same instruction would saturate (2 * 255 * 128), so weights and activations are widened
+// to 16 bits, even and odd bytes apart, and multiplied by vpmaddwd, which is exact. The widened
+// weight is code = u - 128, so the offset is already gone and is added back to keep one contract
+// for all tiles.
 #include <immintrin.h>
 
 #include <cstring>
@@ -23,7 +24,9 @@ LLMQAT_INLINE2 __m256i broadcast_quad(const int8_t* p) {
   return _mm256_set1_epi32(v);
 }
 
-LLMQAT_INLINE2 __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+LLMQAT_INLINE2 __m256i load(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
 
 LLMQAT_INLINE2 void finish(__m256i acc, int32_t init, int32_t* out, bool accumulate) {
   acc = _mm256_add_epi32(acc, _mm256_set1_epi32(init));
@@ -46,8 +49,10 @@ LLMQAT_TARGET_AVX2 void tile4_half(const TileArgs& t, const uint8_t* w, int32_t*
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m256i x = broadcast_quad(t.a + r * t.lda + q * kQuad);
-      acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
-      acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones));
+      acc[r][0] =
+          _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
+      acc[r][1] =
+          _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones));
     }
   }
 #pragma GCC unroll 4
@@ -57,7 +62,9 @@ LLMQAT_TARGET_AVX2 void tile4_half(const TileArgs& t, const uint8_t* w, int32_t*
   }
 }
 
-LLMQAT_INLINE2 __m256i even_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+LLMQAT_INLINE2 __m256i even_bytes(__m256i v) {
+  return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
+}
 LLMQAT_INLINE2 __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
 
 // 8 channels of one panel: products of code = u - 128, plus 128 * sum(a) at the end.
@@ -77,7 +84,8 @@ LLMQAT_TARGET_AVX2 void tile8_quarter(const TileArgs& t, const uint8_t* w, int32
       const __m256i x_even = even_bytes(x), x_odd = odd_bytes(x);
       acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(even, x_even));
       acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(odd, x_odd));
-      total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(_mm256_add_epi16(x_even, x_odd), ones));
+      total[r] =
+          _mm256_add_epi32(total[r], _mm256_madd_epi16(_mm256_add_epi16(x_even, x_odd), ones));
     }
   }
 #pragma GCC unroll 4

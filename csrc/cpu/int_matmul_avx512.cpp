@@ -31,8 +31,9 @@ struct RowBases {
 // One quad of R rows against P panels. int4 multiplies the low nibbles and the whole byte
 // (16 * high + low): one AND a register instead of shift and two ANDs; the end separates them.
 template <int R, int P, bool kInt4>
-LLMQAT_INLINE512 void quad_step(__m512i (&acc)[R][P][2], const RowBases<R>& rows, int64_t lda, int64_t a_offset,
-                                const uint8_t* w, int64_t stride, __m512i nibble) {
+LLMQAT_INLINE512 void quad_step(__m512i (&acc)[R][P][2], const RowBases<R>& rows, int64_t lda,
+                                int64_t a_offset, const uint8_t* w, int64_t stride,
+                                __m512i nibble) {
   if constexpr (R <= 4) {  // keep the activations in registers, stream the panels
     __m512i x[R];
 #pragma GCC unroll 4
@@ -106,7 +107,8 @@ LLMQAT_TARGET_AVX512 void tile(const TileArgs& t) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p, out += kPanelChannels) {
       __m512i low = acc[r][p][0];
-      __m512i high = kInt4 ? _mm512_srai_epi32(_mm512_sub_epi32(acc[r][p][1], low), 4) : acc[r][p][1];
+      __m512i high =
+          kInt4 ? _mm512_srai_epi32(_mm512_sub_epi32(acc[r][p][1], low), 4) : acc[r][p][1];
       low = _mm512_add_epi32(low, init);
       high = _mm512_add_epi32(high, init);
       if (t.accumulate) {
@@ -149,14 +151,15 @@ constexpr TileTable<false> kTiles8;
 void tile4(int rows, int panels, const TileArgs& args) { kTiles4.at[rows][panels](args); }
 void tile8(int rows, int panels, const TileArgs& args) { kTiles8.at[rows][panels](args); }
 
-// ---- row-major dot products -----------------------------------------------------------------------
+// ---- row-major dot products
+// -----------------------------------------------------------------------
 
 LLMQAT_INLINE512 __mmask64 first_bytes(int64_t n) {
   return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
 }
 
-// 64 weight bytes of C channels against R rows. The flipped sign bit turns a two's complement code into
-// code + 128 (or code + 8), unsigned.
+// 64 weight bytes of C channels against R rows. The flipped sign bit turns a two's complement code
+// into code + 128 (or code + 8), unsigned.
 template <int R, int C, bool kInt4>
 LLMQAT_INLINE512 void dot_step(__m512i (&acc)[R][C], const DotArgs& t, int64_t at, __mmask64 mask) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(kInt4 ? 0x88 : 0x80));
@@ -194,7 +197,8 @@ LLMQAT_TARGET_AVX512 void dot(const DotArgs& t) {
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) t.out[r * t.ldo + c] = t.init[r] + _mm512_reduce_add_epi32(acc[r][c]);
+    for (int c = 0; c < C; ++c)
+      t.out[r * t.ldo + c] = t.init[r] + _mm512_reduce_add_epi32(acc[r][c]);
 }
 
 template <bool kInt4>
@@ -226,13 +230,14 @@ LLMQAT_TARGET_AVX512 int32_t sum(const int8_t* a, int64_t n) {
   __m512i acc = _mm512_setzero_si512();
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) acc = _mm512_dpbusd_epi32(acc, ones, _mm512_loadu_si512(a + i));
-  if (i < n) acc = _mm512_dpbusd_epi32(acc, ones, _mm512_maskz_loadu_epi8(first_bytes(n - i), a + i));
+  if (i < n)
+    acc = _mm512_dpbusd_epi32(acc, ones, _mm512_maskz_loadu_epi8(first_bytes(n - i), a + i));
   return _mm512_reduce_add_epi32(acc);
 }
 
 }  // namespace
 
-const IntKernels kIntKernelsAvx512 = {kMaxTileRows, tile_panels,    tile4, tile8,
+const IntKernels kIntKernelsAvx512 = {kMaxTileRows,  tile_panels,    tile4, tile8,
                                       dot_any<true>, dot_any<false>, sum};
 
 }  // namespace llmqat::cpu

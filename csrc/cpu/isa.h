@@ -1,13 +1,14 @@
 // The instruction set of the CPU operators, chosen once per process.
 //
-// Every operator has one function per instruction set, marked with __attribute__((target(...))) (the
-// macros below), in one binary compiled without -march. All variants give the same bits.
+// Every operator has one function per instruction set, marked with __attribute__((target(...)))
+// (the macros below), in one binary compiled without -march. All variants give the same bits.
 #pragma once
 
 #include <string_view>
 
 #define LLMQAT_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define LLMQAT_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
+#define LLMQAT_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
 namespace llmqat::cpu {
 

@@ -7,8 +7,8 @@
 
 namespace llmqat::cpu {
 
-// Uninitialized memory, 64-byte aligned. Grows, never shrinks: one thread_local object a purpose, so that
-// steady-state calls do not allocate.
+// Uninitialized memory, 64-byte aligned. Grows, never shrinks: one thread_local object a purpose,
+// so that steady-state calls do not allocate.
 template <class T>
 class Scratch {
  public:
@@ -30,8 +30,8 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// [begin, end) in the fewest parts of at most `most`, equal to within one: 16 rows become 8 + 8 rather
-// than 12 + 4, and every tile has enough accumulators to hide latency.
+// [begin, end) in the fewest parts of at most `most`, equal to within one: 16 rows become 8 + 8
+// rather than 12 + 4, and every tile has enough accumulators to hide latency.
 struct Cut {
   int64_t begin, end, parts;
   Cut(int64_t begin, int64_t end, int64_t most)

@@ -21,7 +21,7 @@ bool is_row_major(Layout layout) { return layout == Layout::codes || layout == L
 struct QuantizedMatmul::Block {
   int64_t row;
   int rows;
-  int64_t panel;           // index of the first panel
+  int64_t panel;  // index of the first panel
   int panels;
   const uint8_t* weights;  // its first byte (row-major: the first row)
 };
@@ -62,14 +62,16 @@ void QuantizedMatmul::make_segments(bool copied) {
     }
   }
   first_segment_.push_back(static_cast<int64_t>(segments_.size()));
-  if (copied) lda_ = ((copy_offset / 64 + 1) | 1) * 64;  // an odd number of cache lines: no set conflicts
+  if (copied)
+    lda_ = ((copy_offset / 64 + 1) | 1) * 64;  // an odd number of cache lines: no set conflicts
 }
 
 void QuantizedMatmul::copy_activations() {
   copy_.resize(static_cast<size_t>(p_.m * lda_));
   for (int64_t m = 0; m < p_.m; ++m) {
     for (int64_t g = 0; g < groups_; ++g) {
-      const int64_t lead = g * group_k_ % kQuad;  // columns of the quad that belong to the group before
+      const int64_t lead =
+          g * group_k_ % kQuad;  // columns of the quad that belong to the group before
       const int64_t offset = segments_[first_segment_[g]].a_offset;
       std::memcpy(&copy_[m * lda_ + offset + lead], p_.a + m * p_.k + g * group_k_, group_k_);
     }
@@ -107,16 +109,25 @@ void QuantizedMatmul::accumulate(const Block& b, int64_t group, int32_t* acc) co
     const int64_t at = nibbles ? group * group_k_ / 2 : group * group_k_;
     const int64_t bytes = nibbles ? ceil_div(group_k_, 2) : group_k_;
     const int64_t ldw = nibbles ? ceil_div(p_.k, 2) : p_.k;
-    const int channels = static_cast<int>(std::min<int64_t>(kPanelChannels, p_.n - b.panel * kPanelChannels));
-    const DotArgs args{a_ + b.row * lda_ + at, lda_, lda_ / 2, b.weights + at, ldw, bytes, start, acc, ld};
+    const int channels =
+        static_cast<int>(std::min<int64_t>(kPanelChannels, p_.n - b.panel * kPanelChannels));
+    const DotArgs args{
+        a_ + b.row * lda_ + at, lda_, lda_ / 2, b.weights + at, ldw, bytes, start, acc, ld};
     return (nibbles ? kernels_.dot4 : kernels_.dot8)(b.rows, channels, args);
   }
   const bool int4 = p_.layout == Layout::panels4;
   for (int64_t i = first_segment_[group]; i < first_segment_[group + 1]; ++i) {
     const Segment& s = segments_[i];
     const uint8_t* panel = b.weights + s.quad * (int4 ? kQuadBytes4 : kQuadBytes8);
-    const TileArgs args{a_ + b.row * lda_ + s.a_offset, lda_,  panel, panel_bytes(p_.layout, p_.k), s.quads,
-                        s.first ? start : kZeros,       acc,   ld,    !s.first};
+    const TileArgs args{a_ + b.row * lda_ + s.a_offset,
+                        lda_,
+                        panel,
+                        panel_bytes(p_.layout, p_.k),
+                        s.quads,
+                        s.first ? start : kZeros,
+                        acc,
+                        ld,
+                        !s.first};
     (int4 ? kernels_.tile4 : kernels_.tile8)(b.rows, b.panels, args);
   }
 }
@@ -125,7 +136,8 @@ void QuantizedMatmul::accumulate(const Block& b, int64_t group, int32_t* acc) co
 void QuantizedMatmul::run_block(const Block& b, const float* scales, int64_t scale_stride) const {
   alignas(64) int32_t acc[kMaxTileCells];
   alignas(64) float sums[kMaxTileCells];
-  const int64_t channel = b.panel * kPanelChannels, ld = static_cast<int64_t>(b.panels) * kPanelChannels;
+  const int64_t channel = b.panel * kPanelChannels,
+                ld = static_cast<int64_t>(b.panels) * kPanelChannels;
   const int cols = static_cast<int>(std::min(ld, p_.n - channel));
   char* y = static_cast<char*>(p_.y) + (b.row * p_.n + channel) * out_bytes(p_.out_type);
   if (p_.out_type == OutType::int32) {
@@ -152,28 +164,38 @@ const float* QuantizedMatmul::gather_scales(int64_t panel, int64_t count, int64_
   stride = count * kPanelChannels;
   const int64_t channels = std::min(stride, p_.n - channel);
   float* out = t_scales.get(std::max<int64_t>(1, groups_ * stride));
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t g = 0; g < groups_; ++g) out[g * stride + c] = p_.w_scale[(channel + c) * groups_ + g];
+  constexpr int64_t kLine = 16;  // floats of one cache line: whole lines are written
+  for (int64_t c = 0; c < channels; c += kLine) {
+    const float* from = p_.w_scale + (channel + c) * groups_;
+    const int64_t width = std::min(kLine, channels - c);
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int64_t i = 0; i < width; ++i) out[g * stride + c + i] = from[i * groups_ + g];
+    }
   }
   return out;
 }
 
-void QuantizedMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) const {
+void QuantizedMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_begin,
+                          int64_t row_end) const {
   if (panel_begin >= panel_end || row_begin >= row_end) return;
   const Cut row_cut(row_begin, row_end, dot_ ? 4 : kernels_.max_rows);
-  const int tile_panels = dot_ ? 1 : kernels_.tile_panels(static_cast<int>(ceil_div(row_end - row_begin, row_cut.parts)));
+  const int tile_panels =
+      dot_ ? 1
+           : kernels_.tile_panels(static_cast<int>(ceil_div(row_end - row_begin, row_cut.parts)));
   const bool pack = is_row_major(p_.layout) && !dot_;
   const int64_t bytes = panel_bytes(p_.layout, p_.k);
   const int64_t row_bytes = p_.layout == Layout::nibbles ? ceil_div(p_.k, 2) : p_.k;
 
   int64_t in_cache = std::max<int64_t>(1, kCacheBytes / std::max<int64_t>(1, bytes));
   in_cache = std::max<int64_t>(tile_panels, in_cache / tile_panels * tile_panels);
+  if (row_cut.parts == 1) in_cache = tile_panels;  // nothing is read twice
   for (int64_t group = panel_begin; group < panel_end; group += in_cache) {
     const int64_t count = std::min(in_cache, panel_end - group);
     const uint8_t* weights = static_cast<const uint8_t*>(p_.w);
     if (pack) {
       uint8_t* packed = t_panels.get(std::max<int64_t>(1, count * bytes));
-      for (int64_t i = 0; i < count; ++i) pack_panel8(isa_, p_.w, p_.layout, p_.n, p_.k, group + i, packed + i * bytes);
+      for (int64_t i = 0; i < count; ++i)
+        pack_panel8(isa_, p_.w, p_.layout, p_.n, p_.k, group + i, packed + i * bytes);
       weights = packed;
     } else {
       weights += dot_ ? group * kPanelChannels * row_bytes : group * bytes;
@@ -187,8 +209,10 @@ void QuantizedMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_be
       for (int64_t c = 0; c < panel_cut.parts; ++c) {
         const int64_t panel = panel_cut.at(c);
         const Block block{row, static_cast<int>(row_cut.at(r + 1) - row), group + panel,
-                          static_cast<int>(panel_cut.at(c + 1) - panel), weights + panel * stride_bytes};
-        run_block(block, scales == nullptr ? nullptr : scales + panel * kPanelChannels, scale_stride);
+                          static_cast<int>(panel_cut.at(c + 1) - panel),
+                          weights + panel * stride_bytes};
+        run_block(block, scales == nullptr ? nullptr : scales + panel * kPanelChannels,
+                  scale_stride);
       }
     }
   }

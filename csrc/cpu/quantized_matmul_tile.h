@@ -1,7 +1,9 @@
-// The last steps of a matmul tile: scales, group sums, bias, cast (spec 7). Shared by the float matmul.
+// The last steps of a matmul tile: scales, group sums, bias, cast (spec 7). Shared by the float
+// matmul.
 //
 // Math:    scale_tile: out = mul(float(acc), mul(sx[r], sw[c])), or out += that for later groups.
-//          store_tile: y = cast(add(in, bias[c])). All fp32, each operation rounded, no contraction.
+//          store_tile: y = cast(add(in, bias[c])). All fp32, each operation rounded, no
+//          contraction.
 // Shapes:  acc, in, out [rows, ld] in L1, cols <= ld used; y [rows, cols] with its own row stride.
 // Tests:   tests/kernels/test_matmul_native.py
 #pragma once
@@ -14,14 +16,16 @@ namespace llmqat::cpu {
 
 enum class OutType { int32, float32, bfloat16, float16 };
 
-inline int64_t out_bytes(OutType type) { return type == OutType::bfloat16 || type == OutType::float16 ? 2 : 4; }
+inline int64_t out_bytes(OutType type) {
+  return type == OutType::bfloat16 || type == OutType::float16 ? 2 : 4;
+}
 
 struct TileEnd {
   // out and acc do not overlap.
-  void (*scale)(const int32_t* acc, int64_t ld, int rows, int cols, const float* sx, const float* sw, bool first,
-                float* out);
-  void (*store)(const float* in, int64_t ld, int rows, int cols, const float* bias, OutType type, void* y,
-                int64_t ldy);
+  void (*scale)(const int32_t* acc, int64_t ld, int rows, int cols, const float* sx,
+                const float* sw, bool first, float* out);
+  void (*store)(const float* in, int64_t ld, int rows, int cols, const float* bias, OutType type,
+                void* y, int64_t ldy);
 };
 
 const TileEnd& tile_end(Isa isa);

@@ -31,7 +31,8 @@ struct Row {
   }
   int code(int64_t column) const {
     if (bytes == nullptr || column >= k) return 0;
-    return nibbles ? signed_nibble(bytes[column / 2], column % 2 != 0) : static_cast<int8_t>(bytes[column]);
+    return nibbles ? signed_nibble(bytes[column / 2], column % 2 != 0)
+                   : static_cast<int8_t>(bytes[column]);
   }
 };
 
@@ -63,7 +64,8 @@ bool pack_rows4(const void* w, Layout source, int64_t n, int64_t k, int64_t row0
   return outside == 0;
 }
 
-// ---- AVX-512: 16 rows by 64 columns at a time -----------------------------------------------------
+// ---- AVX-512: 16 rows by 64 columns at a time
+// -----------------------------------------------------
 
 #define LLMQAT_INLINE512 LLMQAT_TARGET_AVX512 __attribute__((always_inline)) inline
 
@@ -100,16 +102,19 @@ LLMQAT_INLINE512 void transpose16(__m512i (&v)[16]) {
 
 // 64 columns of one row as code + 128. mask covers the columns (or the nibble bytes) that exist.
 LLMQAT_INLINE512 __m512i load_codes(const uint8_t* p, __mmask64 mask) {
-  return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), _mm512_set1_epi8(static_cast<char>(0x80)));
+  return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p),
+                          _mm512_set1_epi8(static_cast<char>(0x80)));
 }
 
 LLMQAT_INLINE512 __m512i load_nibbles(const uint8_t* p, __mmask32 mask) {
   const __m512i wide = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, p));
-  const __m512i apart = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(0x0F));
+  const __m512i apart =
+      _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi8(0x0F));
   return _mm512_add_epi8(_mm512_xor_si512(apart, _mm512_set1_epi8(8)), _mm512_set1_epi8(120));
 }
 
-LLMQAT_TARGET_AVX512 void pack_rows8_avx512(const uint8_t* w, bool nibbles, int64_t rows, int64_t k, uint8_t* out) {
+LLMQAT_TARGET_AVX512 void pack_rows8_avx512(const uint8_t* w, bool nibbles, int64_t rows, int64_t k,
+                                            uint8_t* out) {
   const int64_t row_bytes = nibbles ? ceil_div(k, 2) : k;
   const int64_t quads = ceil_div(k, kQuad);
   const int step = nibbles ? 32 : 64;
@@ -142,7 +147,8 @@ float storage(fp16 v) { return to_float(v); }
 }  // namespace
 
 int panel_channels(Layout layout) {
-  return layout == Layout::panels_f32 || layout == Layout::panels_bf16 ? kFloatPanel : kPanelChannels;
+  return layout == Layout::panels_f32 || layout == Layout::panels_bf16 ? kFloatPanel
+                                                                       : kPanelChannels;
 }
 
 int64_t panel_bytes(Layout layout, int64_t k) {
@@ -163,8 +169,9 @@ bool read_header(const void* packed, int64_t bytes, PackedHeader& header) {
   std::memcpy(&header, packed, sizeof header);
   // The bounds keep packed_bytes of a foreign header from overflowing.
   constexpr int64_t kMax = int64_t{1} << 28;
-  return header.magic == kPackedMagic && header.layout >= Layout::panels4 && header.layout <= Layout::panels_bf16 &&
-         header.n >= 0 && header.n <= kMax && header.k >= 0 && header.k <= kMax &&
+  return header.magic == kPackedMagic && header.layout >= Layout::panels4 &&
+         header.layout <= Layout::panels_bf16 && header.n >= 0 && header.n <= kMax &&
+         header.k >= 0 && header.k <= kMax &&
          bytes == packed_bytes(header.layout, header.n, header.k);
 }
 
@@ -173,8 +180,8 @@ void write_header(void* packed, Layout layout, int64_t n, int64_t k) {
   std::memcpy(packed, &header, sizeof header);
 }
 
-bool repack_int(const void* w, Layout source, int64_t n, int64_t k, Layout target, int64_t begin, int64_t end,
-                uint8_t* panels) {
+bool repack_int(const void* w, Layout source, int64_t n, int64_t k, Layout target, int64_t begin,
+                int64_t end, uint8_t* panels) {
   bool fits = true;
   for (int64_t p = begin; p < end; ++p) {
     uint8_t* out = panels + p * panel_bytes(target, k);
@@ -187,7 +194,8 @@ bool repack_int(const void* w, Layout source, int64_t n, int64_t k, Layout targe
   return fits;
 }
 
-void pack_panel8(Isa isa, const void* w, Layout source, int64_t n, int64_t k, int64_t panel, uint8_t* out) {
+void pack_panel8(Isa isa, const void* w, Layout source, int64_t n, int64_t k, int64_t panel,
+                 uint8_t* out) {
   const int64_t row0 = panel * kPanelChannels;
   if (isa != Isa::avx512vnni) return pack_rows8(w, source, n, k, row0, out);
   const bool nibbles = source == Layout::nibbles;
@@ -202,14 +210,15 @@ void repack_float(const T* w, int64_t n, int64_t k, int64_t begin, int64_t end, 
     Stored* out = static_cast<Stored*>(panels) + p * k * kFloatPanel;
     for (int i = 0; i < kFloatPanel; ++i) {
       const int64_t row = p * kFloatPanel + i;
-      for (int64_t c = 0; c < k; ++c) out[c * kFloatPanel + i] = row < n ? storage(w[row * k + c]) : Stored{0};
+      for (int64_t c = 0; c < k; ++c)
+        out[c * kFloatPanel + i] = row < n ? storage(w[row * k + c]) : Stored{0};
     }
   }
 }
 
 template <class T>
-void dequantize_panel(const void* w, Layout source, int64_t n, int64_t k, const float* scale, int64_t group_size,
-                      int64_t panel, float* out) {
+void dequantize_panel(const void* w, Layout source, int64_t n, int64_t k, const float* scale,
+                      int64_t group_size, int64_t panel, float* out) {
   const bool nibbles = source == Layout::nibbles;
   const int64_t row_bytes = nibbles ? ceil_div(k, 2) : k;
   const int64_t groups = group_size > 0 ? k / group_size : 0;
@@ -223,16 +232,18 @@ void dequantize_panel(const void* w, Layout source, int64_t n, int64_t k, const 
     for (int64_t group = 0; group < groups; ++group) {
       const float s = scale[row * groups + group];
       for (int64_t c = group * group_size; c < (group + 1) * group_size; ++c) {
-        const int code = nibbles ? signed_nibble(bytes[c / 2], c % 2 != 0) : static_cast<int8_t>(bytes[c]);
+        const int code =
+            nibbles ? signed_nibble(bytes[c / 2], c % 2 != 0) : static_cast<int8_t>(bytes[c]);
         out[c * kFloatPanel + i] = round_to<T>(dequantize_code(static_cast<int8_t>(code), s));
       }
     }
   }
 }
 
-#define LLMQAT_INSTANTIATE(T)                                                                                 \
-  template void repack_float<T>(const T*, int64_t, int64_t, int64_t, int64_t, void*);                         \
-  template void dequantize_panel<T>(const void*, Layout, int64_t, int64_t, const float*, int64_t, int64_t, float*);
+#define LLMQAT_INSTANTIATE(T)                                                                     \
+  template void repack_float<T>(const T*, int64_t, int64_t, int64_t, int64_t, void*);             \
+  template void dequantize_panel<T>(const void*, Layout, int64_t, int64_t, const float*, int64_t, \
+                                    int64_t, float*);
 LLMQAT_INSTANTIATE(float)
 LLMQAT_INSTANTIATE(bf16)
 LLMQAT_INSTANTIATE(fp16)

@@ -4,11 +4,13 @@
 // Shapes:   one row of n values a call; the bindings cut tensors into rows or groups.
 // Dtypes:   fp32, bf16, fp16 in and out; int8 codes; fp32 arithmetic and scales.
 // Tiling:   none: a row (4 to 44 KiB in LLaMA) stays in L1/L2 between its two passes.
-// Cost:     memory-bound. Floor per value: read sizeof(T), write 1 (quantize); read 1, write sizeof(T)
-//           (dequantize); read and write sizeof(T) (fake_quantize). At 25 GB/s a core: 0.2 ns per fp32 value.
-// Numerics: exact. amax is an integer maximum of |x|'s bits: order-free, and Inf and NaN come out on top,
-//           so that one pass gives both amax and the finite check. No FMA anywhere.
-// Edges:    n = 0 gives scale 1; tails go through lane masks (AVX-512) or the scalar formula (AVX2).
+// Cost:     memory-bound. Floor per value: read sizeof(T), write 1 (quantize); read 1, write
+//           sizeof(T) (dequantize); read and write sizeof(T) (fake_quantize). At 25 GB/s a core:
+//           0.2 ns per fp32 value.
+// Numerics: exact. amax is an integer maximum of |x|'s bits: order-free, and Inf and NaN come out
+// on
+//           top, so that one pass gives both amax and the finite check. No FMA anywhere.
+// Edges:    n = 0 gives scale 1; tails: lane masks (AVX-512) or the scalar formula (AVX2).
 // Limits:   MXCSR must be at its default (round to nearest, no flush to zero), as torch leaves it.
 // Tests:    tests/kernels/test_native.py, tests/kernels/test_quantize.py.
 // Bench:    llmqat bench quantize
@@ -32,11 +34,13 @@ uint32_t widen_amax(uint32_t amax, const fp16*) {
 
 uint32_t stored_magnitude(float v) { return magnitude_bits(v); }
 template <class T>
-uint32_t stored_magnitude(T v) { return v.bits & 0x7FFFu; }
+uint32_t stored_magnitude(T v) {
+  return v.bits & 0x7FFFu;
+}
 
 }  // namespace
 
-// ---- scalar ---------------------------------------------------------------------------------------
+// ---- scalar ----
 
 namespace scalar {
 namespace {
@@ -75,7 +79,7 @@ void mask(const T* grad, const T* x, int64_t n, float clip, T* out) {
 }  // namespace
 }  // namespace scalar
 
-// ---- AVX2 -----------------------------------------------------------------------------------------
+// ---- AVX2 ----
 
 namespace avx2 {
 namespace {
@@ -112,7 +116,8 @@ LLMQAT_TARGET_AVX2 inline __m256i code_lanes(const T* x, __m256 inv, __m256 low,
 
 template <class T>
 LLMQAT_TARGET_AVX2 void codes(const T* x, int64_t n, float inv, float limit, int8_t* out) {
-  const __m256 vinv = _mm256_set1_ps(inv), low = _mm256_set1_ps(-limit), high = _mm256_set1_ps(limit);
+  const __m256 vinv = _mm256_set1_ps(inv), low = _mm256_set1_ps(-limit),
+               high = _mm256_set1_ps(limit);
   // The two packs interleave 128-bit halves; this puts the groups of four back in order.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
@@ -141,7 +146,8 @@ LLMQAT_TARGET_AVX2 void dequantize(const int8_t* codes, int64_t n, float scale, 
 
 template <class T>
 LLMQAT_TARGET_AVX2 void fake(const T* x, int64_t n, float inv, float limit, float scale, T* out) {
-  const __m256 vinv = _mm256_set1_ps(inv), low = _mm256_set1_ps(-limit), high = _mm256_set1_ps(limit);
+  const __m256 vinv = _mm256_set1_ps(inv), low = _mm256_set1_ps(-limit),
+               high = _mm256_set1_ps(limit);
   const __m256 vscale = _mm256_set1_ps(scale);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -154,7 +160,7 @@ LLMQAT_TARGET_AVX2 void fake(const T* x, int64_t n, float inv, float limit, floa
 }  // namespace
 }  // namespace avx2
 
-// ---- AVX-512 --------------------------------------------------------------------------------------
+// ---- AVX-512 ----
 
 namespace avx512 {
 namespace {
@@ -190,7 +196,8 @@ LLMQAT_TARGET_AVX512 inline __m512i code_lanes(const T* x, __mmask16 m, __m512 i
 
 template <class T>
 LLMQAT_TARGET_AVX512 void codes(const T* x, int64_t n, float inv, float limit, int8_t* out) {
-  const __m512 vinv = _mm512_set1_ps(inv), low = _mm512_set1_ps(-limit), high = _mm512_set1_ps(limit);
+  const __m512 vinv = _mm512_set1_ps(inv), low = _mm512_set1_ps(-limit),
+               high = _mm512_set1_ps(limit);
   for (int64_t i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
     const __m128i bytes = _mm512_cvtepi32_epi8(code_lanes(x + i, m, vinv, low, high));
@@ -210,7 +217,8 @@ LLMQAT_TARGET_AVX512 void dequantize(const int8_t* codes, int64_t n, float scale
 
 template <class T>
 LLMQAT_TARGET_AVX512 void fake(const T* x, int64_t n, float inv, float limit, float scale, T* out) {
-  const __m512 vinv = _mm512_set1_ps(inv), low = _mm512_set1_ps(-limit), high = _mm512_set1_ps(limit);
+  const __m512 vinv = _mm512_set1_ps(inv), low = _mm512_set1_ps(-limit),
+               high = _mm512_set1_ps(limit);
   const __m512 vscale = _mm512_set1_ps(scale);
   for (int64_t i = 0; i < n; i += kLanes) {
     const __mmask16 m = lanes(n - i);
@@ -222,7 +230,7 @@ LLMQAT_TARGET_AVX512 void fake(const T* x, int64_t n, float inv, float limit, fl
 }  // namespace
 }  // namespace avx512
 
-// ---- dispatch -------------------------------------------------------------------------------------
+// ---- dispatch ----
 
 namespace {
 
@@ -285,10 +293,10 @@ void mask_gradient(const T* grad, const T* x, int64_t n, float clip, T* out) {
   scalar::mask(grad, x, n, clip, out);
 }
 
-#define LLMQAT_INSTANTIATE(T)                                              \
-  template float quantize_row<T>(const T*, int64_t, int, bool, int8_t*);   \
-  template void dequantize_row<T>(const int8_t*, int64_t, float, T*);      \
-  template void fake_quantize_row<T>(const T*, int64_t, int, bool, T*);    \
+#define LLMQAT_INSTANTIATE(T)                                            \
+  template float quantize_row<T>(const T*, int64_t, int, bool, int8_t*); \
+  template void dequantize_row<T>(const int8_t*, int64_t, float, T*);    \
+  template void fake_quantize_row<T>(const T*, int64_t, int, bool, T*);  \
   template void mask_gradient<T>(const T*, const T*, int64_t, float, T*);
 LLMQAT_INSTANTIATE(float)
 LLMQAT_INSTANTIATE(bf16)

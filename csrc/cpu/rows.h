@@ -1,7 +1,8 @@
 // Row operators on the CPU: quantize, dequantize, fake_quantize and its backward.
 //
-// Math: docs/spec.md 1-6. Pointers need no alignment beyond their type's. T is float, llmqat::bf16 or
-// llmqat::fp16. Each function picks the instruction set by current_isa(); all give the same bits.
+// Math: docs/spec.md 1-6. Pointers need no alignment beyond their type's. T is float, llmqat::bf16
+// or llmqat::fp16. Each function picks the instruction set by current_isa(); all give the same
+// bits.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@
 
 namespace llmqat::cpu {
 
-// One row of n values to n codes; returns the scale (spec 2-4). codes may be nullptr only if n == 0.
+// One row of n values to n codes; returns the scale (spec 2-4). codes may be nullptr only if n ==
+// 0.
 template <class T>
 float quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, int8_t* codes);
 

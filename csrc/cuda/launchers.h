@@ -1,5 +1,5 @@
-// The C interface of the CUDA operators: raw pointers, sizes and a stream; no torch, no CUDA header.
-// Each launcher returns a cudaError_t (0 = launched) and does not synchronize.
+// The C interface of the CUDA operators: raw pointers, sizes and a stream; no torch, no CUDA
+// header. Each launcher returns a cudaError_t (0 = launched) and does not synchronize.
 #pragma once
 
 #include <cstdint>

@@ -1,16 +1,18 @@
 // quantize: rows of floats to int8 codes and one fp32 scale a row.
 //
 // Math:     spec 1-4.
-// Shapes:   x[rows, columns], codes[rows, columns], scale[rows]; groups are rows of group_size columns.
+// Shapes:   x[rows, columns], codes[rows, columns], scale[rows]; a group is a row.
 // Dtypes:   fp32, bf16, fp16 in; int8 and fp32 out.
-// Tiling:   a row belongs to one warp (4 rows a block of 128 threads: 16 such blocks fill an SM's 64 warp
-//           slots) or, above kWarpColumns, to one block of up to 256 threads (heuristics.h). Loads are 16 bytes
-//           where base and columns allow, else one value. kHeld = 4 vectors a thread stay in registers:
-//           256 threads hold 8192 bf16, every hidden size of LLaMA 7B/13B; wider rows are read again (L2).
-// Cost:     memory-bound. Floor: rows * (columns * (sizeof(T) + 1) + 4) bytes; [2048, 4096] bf16 is 25 MB,
-//           16 us at 1.55 TB/s (A100), 7.5 us at 3.35 TB/s (H100).
-// Numerics: exact: integer maximum of |x|'s bits, then div.rn, mul.rn, clamp, add of the rounding magic.
-// Edges:    rows = 0 launches nothing; columns = 0 gives scale 1; NaN, Inf and zero rows by row_scale.
+// Tiling:   a row of up to 32 loads belongs to one warp, four rows to a block of 128 threads (16
+// such
+//           blocks fill an SM's 64 warp slots); a longer one to a block of up to 256 threads
+//           (heuristics.h). Loads are 16 bytes where base and columns allow, else one value.
+//           kHeld = 4 vectors a thread stay in registers: 256 threads hold 8192 bf16, every hidden
+//           size of LLaMA 7B to 65B; wider rows are read again, from L2.
+// Cost:     memory-bound. Floor: rows * (columns * (sizeof(T) + 1) + 4) bytes; [2048, 4096] bf16 is
+//           25 MB: 16 us at 1.55 TB/s (A100), 7.5 us at 3.35 TB/s (H100).
+// Numerics: exact: integer maximum of |x|'s bits, then div.rn, mul.rn, clamp, add of the magic.
+// Edges:    rows = 0 launches nothing; columns = 0 gives scale 1; NaN, Inf, zero: see row_scale.
 // Limits:   sm_80 or newer (redux.sync); rows <= 2^31 - 1 blocks.
 // Tests:    tests/kernels/test_native.py, tests/emulator/test_quantize.py.
 // Bench:    llmqat bench quantize
@@ -25,10 +27,10 @@
 namespace llmqat {
 namespace {
 
-constexpr int kMaxThreads = 256;   // heuristics.h: at most 8 warps a row
-constexpr int kRowsPerBlock = 4;   // when a warp owns a row
-constexpr int kHeld = 4;           // vectors a thread keeps between the two passes
-constexpr int kVectorBytes = 16;   // the widest load
+constexpr int kMaxThreads = 256;  // heuristics.h: at most 8 warps a row
+constexpr int kRowsPerBlock = 4;  // when a warp owns a row
+constexpr int kHeld = 4;          // vectors a thread keeps between the two passes
+constexpr int kVectorBytes = 16;  // the widest load
 
 template <class T, int kN>
 LLMQAT_DEVICE uint32_t vec_magnitude(const Vec<T, kN>& x) {

@@ -1,5 +1,4 @@
-"""What is in a checkpoint: names, shapes and types of all tensors, and the packed form of one
-linear.
+"""What is in a checkpoint: names, shapes and types of all tensors, and one packed linear.
 
 The layout is that of compressed-tensors (docs/packed-format.md), filled with our codes and scales,
 bit for bit. Pure functions: nothing here opens a file or knows a module.
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import llmqat_kernels as qk
 from llmqat.checkpoint.architecture import Architecture
 from llmqat.checkpoint.validate import TensorInfo
 from llmqat.config import QATConfig
@@ -126,8 +124,8 @@ def expected_tensors(arch: Architecture, packed: QATConfig | None) -> dict[str, 
     rules = {
         EMBEDDING: TensorRule((arch.vocab, arch.hidden)),
         "model.norm.weight": TensorRule(width),
-        # Plain writers may repeat a tied head; a packed checkpoint of ours never does.
     }
+    # Plain writers may repeat a tied head; a packed checkpoint of ours never does.
     if not arch.tied or packed is None:
         rules[HEAD] = TensorRule((arch.vocab, arch.hidden), optional=arch.tied)
     for index in range(arch.layers):
@@ -262,8 +260,3 @@ def _decode_words(tensors: Mapping[str, Tensor], shape: LinearShape, where: str)
     if shape.k % 2:
         codes[:, -1] &= 0x0F
     return codes
-
-
-def unpacked(codes: Tensor, shape: LinearShape) -> Tensor:
-    """int8 codes [N, K] of what :func:`decode_linear` gave."""
-    return qk.unpack_int4(codes, shape.k) if shape.packed else codes

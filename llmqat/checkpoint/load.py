@@ -112,12 +112,12 @@ def inspect(directory: str | os.PathLike[str]) -> Checkpoint:
     state = _state(raw, where)
     packed = state is not None and state.stage == PACKED
     manifest = read_manifest(folder, required=packed)
-    if packed:
-        check_no_strangers(folder, manifest or {})
     rules = _with_context(
         where, expected_tensors, arch, state.config if state is not None and packed else None
     )
     files, tensors = _locate(folder, manifest)
+    if packed:
+        check_no_strangers(folder, set(files.values()))
     check_tensors(tensors, rules, str(folder))
     return Checkpoint(folder, arch, state, rules, tensors, files)
 

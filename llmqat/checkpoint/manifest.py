@@ -5,7 +5,6 @@ first.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from llmqat import io
@@ -88,13 +87,15 @@ def read_manifest(folder: Path, *, required: bool) -> dict[str, int] | None:
     return sizes
 
 
-def check_no_strangers(folder: Path, manifest: Mapping[str, int]) -> None:
-    """Refuse other weights in a packed folder: unlisted ones, or formats that can run code."""
+def check_no_strangers(folder: Path, used: set[str]) -> None:
+    """Refuse weights in a packed folder other than the `used` ones: stray shards, or formats that
+    can run code.
+    """
     for name in sorted(os.listdir(folder)):
         if name.lower().endswith(PICKLE_SUFFIXES):
             raise CheckpointError(
                 f"{folder / name}: such files can run code when read; remove it, only safetensors"
                 " is used"
             )
-        if name.endswith(".safetensors") and name not in manifest:
+        if name.endswith(".safetensors") and name not in used:
             raise CheckpointError(f"{folder / name}: is not part of this checkpoint; remove it")

@@ -8,15 +8,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from llmqat.checkpoint import from_pretrained
 from llmqat.config import QATConfig
 from llmqat.convert import prepare, state_of
 from llmqat.errors import ConfigError
 from llmqat.eval.perplexity import encode_text_file, perplexity
-from llmqat.train.arguments import DEVICES, DTYPES, QuantArguments, check_choice, check_number
-from llmqat.train.run import announce_backend, find_device, load_tokenizer
+from llmqat.runtime.loading import (
+    load_model,
+    load_tokenizer,
+    parse_device,
+    parse_dtype,
+    set_threads,
+)
+from llmqat.train.arguments import QuantArguments, check_number
+from llmqat.train.run import announce_backend
 
 OFF = "16-16-16"
 
@@ -38,17 +42,14 @@ class EvalArguments:
     batch_size: int = field(
         default=1, metadata={"help": "Windows per forward pass; changes speed only."}
     )
-    device: str = field(
-        default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one."}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "float32 or bfloat16, of all that is not quantized."}
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "Type of all that is not quantized."})
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads; torch's default otherwise."}
     )
     json: bool = field(default=False, metadata={"help": "Print one JSON object on stdout."})
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, DEVICES)
-        check_choice("dtype", self.dtype, DTYPES)
         check_number("seq-len", self.seq_len, 2)
         check_number("batch-size", self.batch_size, 1)
         if self.max_tokens is not None:
@@ -70,8 +71,9 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
         CheckpointError, DataError, InvalidArgument: unreadable model or text, or a window that does
             not fit.
     """
-    device = find_device(arguments.device)
-    model = from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), device=device)
+    device = parse_device(arguments.device)
+    set_threads(arguments.threads)
+    model = load_model(arguments.model, dtype=parse_dtype(arguments.dtype), device=device)
     state = state_of(model)
     if config is not None and state is None:
         prepare(model, config)
@@ -120,5 +122,6 @@ def run(arguments: EvalArguments, quantization: QuantArguments) -> None:
         return
     print(
         f"perplexity {math.exp(min(result['nll'], 700)):.4f}  setting {result['setting']}"
-        f"  ({result['stage']}, {result['tokens']} tokens in windows of {result['seq_len']}, {result['seconds']:.1f} s)"
+        f"  ({result['stage']}, {result['tokens']} tokens in windows of {result['seq_len']},"
+        f" {result['seconds']:.1f} s)"
     )

@@ -71,7 +71,7 @@ def run(arguments: ExportArguments) -> None:
         )
     if state is None and requested is None:
         raise ConfigError(
-            f"model: {a.model} is not quantized; export a prepared model, or give --bits such as 4-8-8"
+            f"model: {a.model} is not quantized; export a prepared one, or give e.g. --bits 4-8-8"
         )
     if state is not None and requested is not None:
         raise ConfigError(
@@ -81,8 +81,11 @@ def run(arguments: ExportArguments) -> None:
         (name, module.weight.numel()) for name, _, module in iter_linears(model, find_family(model))
     ]
     convert(model, requested)
-    # After convert: the codes come from the weights as they were trained.
-    model.to(dtype=dtype)
+    if dtype is not None:
+        # After convert: the codes come from the weights as they were trained. Parameters only: a
+        # model-wide cast would round the rotary frequencies, which no checkpoint holds.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     save_pretrained(model, a.output, tokenizer=a.model if has_tokenizer(a.model) else None)
     result = {
         "output": a.output,
@@ -119,4 +122,7 @@ def describe(result: dict[str, Any]) -> str:
     checked = result.get("verified")
     if checked is None:
         return text
-    return f"{text}\nverified: {checked['tensors']} tensors, {checked['elements']} elements and {checked['logits']} logits equal"
+    return (
+        f"{text}\nverified: {checked['tensors']} tensors, {checked['elements']} elements and"
+        f" {checked['logits']} logits equal"
+    )

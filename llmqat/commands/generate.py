@@ -42,7 +42,7 @@ class GenerateArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of activations and norms; auto: float32 on the CPU, the stored type on CUDA."
+            "help": "Type of activations; auto: float32 on the CPU, the stored type on CUDA."
         },
     )
     kv_bits: int | None = field(
@@ -153,12 +153,13 @@ def _figures(
 def describe(result: dict[str, Any]) -> str:
     """The figures as two lines."""
     weights = result["weight_bytes"]
+    sizes = ", ".join(f"{name} {weights[name] / MIB:.1f}" for name in weights if name != "total")
     mode = "" if result["kv_bits"] == 16 else f" {result['kv_mode']}"
-    parts = ", ".join(f"{name} {weights[name] / MIB:.1f}" for name in weights if name != "total")
     return (
         f"{result['new_tokens']} tokens at {result['tokens_per_second']:.1f} tok/s"
         f" ({result['threads']} threads; {result['prompt_tokens']} prompt tokens in"
         f" {result['prefill_seconds'] * 1e3:.0f} ms; backend {'+'.join(result['backends'])})\n"
-        f"weights {weights['total'] / MIB:.1f} MiB ({parts}); KV cache {result['kv_bits']}-bit{mode}"
-        f" {result['cache_bytes'] / MIB:.2f} MiB, {result['cache_bytes_per_token']:.0f} bytes a token"
+        f"weights {weights['total'] / MIB:.1f} MiB ({sizes}); KV cache {result['kv_bits']}-bit"
+        f"{mode} {result['cache_bytes'] / MIB:.2f} MiB,"
+        f" {result['cache_bytes_per_token']:.0f} bytes a token"
     )

@@ -40,7 +40,7 @@ class GenerateDataArguments:
     num_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Instead of --num-records: as many records as hold this many tokens if none ends early."
+            "help": "Instead of --num-records: records for this many tokens if none ends early."
         },
     )
     max_len: int = field(default=2048, metadata={"help": "Longest record, in tokens."})
@@ -110,9 +110,7 @@ def run(arguments: GenerateDataArguments) -> None:
     )
     del model  # the engine holds the weights in its own layout
     if engine.kv_bits < 16:
-        _say(
-            f"--kv-bits {engine.kv_bits}: approximate, these are not the full-precision teacher's records"
-        )
+        _say(f"--kv-bits {engine.kv_bits}: approximate, not what the full-precision teacher writes")
     first_tokens = usable_first_tokens(engine.vocab_size, tokenizer, stops)
     config = {
         "teacher_sha256": teacher_digest(a.model),

@@ -24,6 +24,7 @@ def run(arguments: TrainArguments, quantization: QuantArguments) -> None:
     loss = record["loss"]
     print(
         f"trained {config.setting} ({config.kv_mode}): {record['steps']} steps in"
-        f" {record['seconds']:.0f} s, loss {loss['first']:.4f} -> {loss['last']:.4f}, written to {arguments.output}",
+        f" {record['seconds']:.0f} s, loss {loss['first']:.4f} -> {loss['last']:.4f},"
+        f" written to {arguments.output}",
         file=sys.stderr,
     )

@@ -1,7 +1,7 @@
 """Packed training sequences: documents in, blocks of exactly `seq_len` token ids out.
 
-Documents are shuffled with a seed, joined (with BOS/EOS between them where asked for) and cut into blocks, as
-the paper trains (section 3: concatenated text in blocks of 2048, the tail dropped).
+Documents are shuffled with a seed, joined (with BOS/EOS between them where asked for) and cut into
+blocks, as the paper trains (section 3: concatenated text in blocks of 2048, the tail dropped).
 """
 
 from __future__ import annotations
@@ -34,15 +34,22 @@ StrPath = str | os.PathLike[str]
 class PackedDataset(Dataset[dict[str, Tensor]]):
     """A map-style dataset of `{"input_ids": int64 [seq_len]}` cut from `documents`.
 
-    documents: rows of token ids (lists or integer arrays); empty ones are skipped.
-    seed: shuffles the documents; None keeps their order. Equal arguments give equal blocks, always.
-    bos_id, eos_id: put before / after each document that does not begin / end with it; None adds nothing.
-    drop_tail: drop the last block if it is not full; otherwise it is returned shorter, unpadded.
-    position_ids: also return "position_ids", int64 [seq_len], which start at 0 in each document and block
-        (what attention implementations read document bounds from).
-    vocab_size: refuse ids outside 0..vocab_size-1.
+    Args:
+        documents: rows of token ids (lists or integer arrays); empty ones are skipped.
+        seq_len: tokens per block.
+        seed: shuffles the documents; None keeps their order.
+        bos_id, eos_id: put before / after each document that does not begin / end with it; None
+            adds nothing.
+        drop_tail: drop the last block if it is not full; otherwise it is returned shorter,
+            unpadded.
+        position_ids: also return "position_ids", int64 [seq_len], which start at 0 in each document
+            and block (what attention implementations read document bounds from).
+        vocab_size: refuse ids outside 0..vocab_size-1.
 
-    Raises `ConfigError` for an argument, `DataError` for ids outside the vocabulary or too few tokens.
+    Equal arguments give equal blocks, always.
+
+    Raises `ConfigError` for an argument, `DataError` for ids outside the vocabulary or too few
+    tokens.
     """
 
     def __init__(
@@ -61,7 +68,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             raise ConfigError(f"seq_len {seq_len}: must be at least 1")
         for name, value in (("bos_id", bos_id), ("eos_id", eos_id)):
             if value is not None and not 0 <= value < (vocab_size or 2**31):
-                raise ConfigError(f"{name} {value}: must be a token id below vocab_size {vocab_size}")
+                raise ConfigError(
+                    f"{name} {value}: must be a token id below vocab_size {vocab_size}"
+                )
         rows = []
         for index, document in enumerate(documents):
             ids = _token_row(document, f"document {index}", vocab_size)
@@ -107,7 +116,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over block length and tokens in order: a resumed run can check that its data is the same."""
+        """SHA-256 over block length and tokens in order: a resumed run can check that its data is
+        the same.
+        """
         head = f"{self.seq_len} {self._blocks} {self._with_positions}\n".encode()
         total = hashlib.sha256(head)
         total.update(self._stream[: self.tokens].astype("<i4").data)
@@ -146,7 +157,9 @@ def _token_row(values: Any, where: str, vocab_size: int | None) -> np.ndarray:
     except (ValueError, TypeError) as error:  # ragged or foreign content
         raise DataError(f"{where}: input_ids must be one row of integers") from error
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise DataError(f"{where}: input_ids must be one row of integers, got {ids.dtype} {list(ids.shape)}")
+        raise DataError(
+            f"{where}: input_ids must be one row of integers, got {ids.dtype} {list(ids.shape)}"
+        )
     if ids.size:
         limit = vocab_size if vocab_size is not None else 2**31
         low, high = int(ids.min()), int(ids.max())
@@ -165,10 +178,11 @@ def read_documents(
 ) -> Iterator[np.ndarray]:
     """Yield each document at `path` (or at several) as int32 token ids [n].
 
-    A folder is one of generated records (`open_dataset`; `allow_missing` goes there). A `.txt` file is one
-    document; a `.jsonl` line or a `.parquet` row is one, from its "input_ids" or else its "text". Text needs a
-    `tokenizer` (Hugging Face's, or a `tokenizers.Tokenizer`), which adds no special tokens here. Raises
-    `DataError` naming file and row for anything truncated, altered or outside `vocab_size`.
+    A folder is one of generated records (`open_dataset`; `allow_missing` goes there). A `.txt` file
+    is one document; a `.jsonl` line or a `.parquet` row is one, from its "input_ids" or else its
+    "text". Text needs a `tokenizer` (Hugging Face's, or a `tokenizers.Tokenizer`), which adds no
+    special tokens here. Raises `DataError` naming file and row for anything truncated, altered or
+    outside `vocab_size`.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
@@ -216,7 +230,8 @@ def _tokenized(
     if hasattr(tokenizer, "encode_batch"):
         rows = [row.ids for row in tokenizer.encode_batch(batch, add_special_tokens=False)]
     else:
-        # verbose=False: a text longer than the model's window is no mistake here, it is cut into blocks.
+        # verbose=False: a text longer than the model's window is no mistake here, it is cut into
+        # blocks.
         rows = tokenizer(
             batch, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -228,7 +243,9 @@ def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         yield str(path), path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} is not UTF-8: {error.reason} at {error.start}") from error
+        raise DataError(
+            f"data file {path} is not UTF-8: {error.reason} at {error.start}"
+        ) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -258,25 +275,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            column = next((name for name in ("input_ids", "text") if name in names), None)
-            if column is None:
-                raise DataError('it has neither an "input_ids" nor a "text" column')
+            column, is_tokens = _column(file.schema_arrow)
             for batch in file.iter_batches(columns=[column], use_threads=False):
                 batch.validate(full=True)
-                array = batch.column(0)
-                if array.null_count:
-                    raise DataError(f"column {column!r} has empty cells from row {number} on")
-                for cell in array:
-                    if column == "input_ids":
-                        values = getattr(cell, "values", None)
-                        if values is None or not pa.types.is_integer(values.type) or values.null_count:
-                            raise DataError(f"row {number}: input_ids must be a list of integers")
-                        value: Any = values.to_numpy(zero_copy_only=False)
-                    else:
-                        value = cell.as_py()
-                        if not isinstance(value, str):
-                            raise DataError(f"row {number}: text must be a string")
+                for cell in batch.column(0):
+                    values = cell.values if is_tokens else None
+                    if not cell.is_valid or (values is not None and values.null_count):
+                        raise DataError(f"row {number}: {column} is empty or has empty entries")
+                    value = (
+                        cell.as_py() if values is None else values.to_numpy(zero_copy_only=False)
+                    )
                     yield f"{path} row {number}", value
                     number += 1
     except DataError as error:
@@ -284,3 +292,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"data file {path} is truncated or altered: {reason}") from error
+
+
+def _column(schema: pa.Schema) -> tuple[str, bool]:
+    """The column to read, and whether it holds token ids (else text)."""
+    for name in ("input_ids", "text"):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        if name == "input_ids":
+            if any(is_list(kind) for is_list in lists) and pa.types.is_integer(kind.value_type):
+                return name, True
+            raise DataError(f"input_ids must be a list of integers, not {kind}")
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return name, False
+        raise DataError(f"text must be a string, not {kind}")
+    raise DataError('it has neither an "input_ids" nor a "text" column')

@@ -1,8 +1,8 @@
 """The journal: records that are finished but whose part is not full yet, safe on disk.
 
-Append-only file of frames `u32 length | u32 crc32(payload) | payload`, little endian, after an eight-byte magic.
-One fsync per batch. A torn tail (the process died inside a write) is dropped on opening: those records were
-never reported as stored, so they are only generated again.
+Append-only file of frames `u32 length | u32 crc32(payload) | payload`, little endian, after an
+eight-byte magic. One fsync per batch. A torn tail (the process died inside a write) is dropped on
+opening: those records were never reported as stored, so they are only generated again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _frame(payload: bytes) -> bytes:
 class Journal:
     """An append-only list of byte strings in `path`, created if it is missing.
 
-    `payloads` holds what was on disk when it was opened, `dropped_bytes` the length of a torn tail that was
-    cut off, `size` the file's bytes. Raises `DataError` for a file that is no journal, `OSError` (naming
-    the path) for a disk that refuses.
+    `payloads` holds what was on disk when it was opened, `dropped_bytes` the length of a torn tail
+    that was cut off, `size` the file's bytes. Raises `DataError` for a file that is no journal,
+    `OSError` (naming the path) for a disk that refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +58,8 @@ class Journal:
         while good + _FRAME.size <= len(data):
             length, crc = _FRAME.unpack_from(data, good)
             payload = data[good + _FRAME.size : good + _FRAME.size + length]
-            if len(payload) != length or zlib.crc32(payload) != crc:
+            # Length 0 is never written: a power cut may leave zeros, and crc32(b"") is 0.
+            if not length or len(payload) != length or zlib.crc32(payload) != crc:
                 break
             self.payloads.append(payload)
             good += _FRAME.size + length

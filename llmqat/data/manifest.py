@@ -1,8 +1,9 @@
-"""The manifest of a record folder: which records it is to hold, how they are made, what is there so far.
+"""The manifest of a record folder: which records it is to hold, how they are made, what is there so
+far.
 
-Records are cut into blocks of `records_per_part` consecutive ids counted from `first_record`; a block is one
-part. A shard owns whole blocks, so that the parts of n shards, copied together, are byte for byte the parts
-of one unsharded run.
+Records are cut into blocks of `records_per_part` consecutive ids counted from `first_record`; a
+block is one part. A shard owns whole blocks, so that the parts of n shards, copied together, are
+byte for byte the parts of one unsharded run.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def part_range(name: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class PartEntry:
-    """What the manifest says of one part: record ids `first..last`, tokens, and the file's size and SHA-256."""
+    """What the manifest says of one part: record ids `first..last`, tokens, and the file's size and
+    SHA-256.
+    """
 
     first: int
     last: int
@@ -74,8 +77,9 @@ class PartEntry:
 class Manifest:
     """The content of one `manifest[-i-of-n].json`.
 
-    `config` is whatever decides the records (teacher, its config hash, sampling, seed, ...): a restart must
-    give the same. `versions` lists the software that wrote here; it is recorded and not compared.
+    `config` is whatever decides the records (teacher, its config hash, sampling, seed, ...): a
+    restart must give the same. `versions` lists the software that wrote here; it is recorded and
+    not compared.
     """
 
     config: dict[str, Any]
@@ -162,8 +166,10 @@ class Manifest:
             raise DataError(f"{path} is truncated or altered: {error}") from error
         try:
             return cls._parse(raw, path.name)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is truncated or altered: field {error} is missing or wrong") from error
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise DataError(
+                f"{path} is truncated or altered: field {error} is missing or wrong"
+            ) from error
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
@@ -173,17 +179,20 @@ class Manifest:
             raise DataError("is not a manifest of generated records")
         if raw["format_version"] != FORMAT_VERSION:
             raise DataError(
-                f"format_version {raw['format_version']!r} is unknown; this version reads {FORMAT_VERSION}"
+                f"format_version {raw['format_version']!r} is unknown; "
+                f"this version reads {FORMAT_VERSION}"
             )
         index, count = _integer(raw["shard"], "index"), _integer(raw["shard"], "count", 1)
+        if not isinstance(raw["config"], dict) or not isinstance(raw["versions"], list):
+            raise DataError("config must be an object and versions a list")
         self = cls(
-            config=dict(raw["config"]),
+            config=raw["config"],
             first_record=_integer(raw, "first_record"),
             records=_integer(raw, "records"),
             records_per_part=_integer(raw, "records_per_part", 1),
             shard=index,
             shards=count,
-            versions=list(raw["versions"]),
+            versions=raw["versions"],
         )
         if index >= count or name != self.name:
             raise DataError(f"shard {index} of {count} does not belong in a file of this name")
@@ -207,7 +216,9 @@ class Manifest:
         return self
 
     def same_run(self, other: Manifest, here: str, *, shard: bool = True) -> None:
-        """Raise `DataError` naming the first field in which `other` (found at `here`) is another run."""
+        """Raise `DataError` naming the first field in which `other` (found at `here`) is another
+        run.
+        """
         found, mine = other.to_dict(), self.to_dict()
         for key in ("config", "first_record", "records", "records_per_part", "shard"):
             a, b = found[key], mine[key]
@@ -224,7 +235,9 @@ def manifest_files(folder: Path) -> list[Path]:
 
 
 def plain_json(value: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """`value` as JSON would give it back (tuples to lists); `ConfigError` for what JSON cannot hold."""
+    """`value` as JSON would give it back (tuples to lists); `ConfigError` for what JSON cannot
+    hold.
+    """
     try:
         result = json.loads(json.dumps(dict(value), allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -19,8 +19,8 @@ __all__ = ["RecordDataset", "open_dataset"]
 class RecordDataset:
     """Checked read access to a record folder; `open_dataset` makes it.
 
-    Iterating yields every `Record` in id order, one part in memory at a time; `len` is the number of records,
-    `tokens` of their tokens, `config` the configuration that made them.
+    Iterating yields every `Record` in id order, one part in memory at a time; `len` is the number
+    of records, `tokens` of their tokens, `config` the configuration that made them.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class RecordDataset:
         return sum(part.tokens for part in self.parts)
 
     def read_part(self, part: PartEntry) -> list[Record]:
-        """The records of one part; `DataError` naming the file if it is not what the manifest says."""
+        """The records of one part; `DataError` naming the file that differs from the manifest."""
         path = self.folder / "parts" / part.name
         try:
             data = path.read_bytes()
@@ -49,7 +49,9 @@ class RecordDataset:
         if len(data) != part.size:
             raise DataError(f"part {path} has {len(data)} bytes, its manifest says {part.size}")
         if self._verify and hashlib.sha256(data).hexdigest() != part.sha256:
-            raise DataError(f"part {path} does not match its SHA-256: copy it again or regenerate it")
+            raise DataError(
+                f"part {path} does not match its SHA-256: copy it again or regenerate it"
+            )
         records = decode_part(data, str(path))
         if [record.record_id for record in records] != list(range(part.first, part.last + 1)):
             raise DataError(f"part {path} does not hold exactly the records its name says")
@@ -65,11 +67,11 @@ def open_dataset(
 ) -> RecordDataset:
     """Open a folder of records, checking at once that it is one whole dataset.
 
-    Checked here: the manifests agree, every shard is there, every listed part exists with its size, no
-    part is listed twice or stands outside the manifests, no record is missing (`allow_missing` reads what is
-    there so far: whole parts only). Checked as each part is read: its SHA-256 (unless `verify_sha256` is
-    off), its columns, its ids, its own digest. Raises `DataError` naming the file or the first missing
-    record.
+    Checked here: the manifests agree, every shard is there, every listed part exists with its size,
+    no part is listed twice or stands outside the manifests, no record is missing (`allow_missing`
+    reads what is there so far: whole parts only). Checked as each part is read: its SHA-256 (unless
+    `verify_sha256` is off), its columns, its ids, its own digest. Raises `DataError` naming the
+    file or the first missing record.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -84,7 +86,8 @@ def open_dataset(
     absent = [i for i in range(head.shards) if i not in present]
     if absent and not allow_missing:
         raise DataError(
-            f"{folder}: shard {absent[0]} of {head.shards} is missing; copy its manifest and parts here"
+            f"{folder}: shard {absent[0]} of {head.shards} is missing; "
+            "copy its manifest and parts here"
         )
     missing: list[int] = []
     count = 0
@@ -95,8 +98,8 @@ def open_dataset(
                 count += len(manifest.ids(block))
     if missing and not allow_missing:
         raise DataError(
-            f"{folder}: {count} of {head.records} records are not in parts yet, first {missing[0]}; "
-            "finish the run, or pass allow_missing"
+            f"{folder}: {count} of {head.records} records are not in parts yet, "
+            f"first {missing[0]}; finish the run, or pass allow_missing"
         )
     parts = sorted(
         (part for manifest in manifests for part in manifest.parts.values()), key=lambda p: p.first
@@ -106,14 +109,18 @@ def open_dataset(
 
 
 def _check_files(folder: Path, parts: list[PartEntry], allow_extra: bool) -> None:
-    """Every listed part is a plain file of its size; a part that no manifest lists may repeat records."""
+    """Every listed part is a plain file of its size; a part that no manifest lists may repeat
+    records.
+    """
     listed = {part.name for part in parts}
     for part in parts:
         path = folder / "parts" / part.name
         try:
             size = path.stat().st_size
         except FileNotFoundError as error:
-            raise DataError(f"part {path} is missing: copy it or run the generation again") from error
+            raise DataError(
+                f"part {path} is missing: copy it or run the generation again"
+            ) from error
         except OSError as error:
             raise io.error_at(error, path, "cannot read") from error
         if size != part.size:

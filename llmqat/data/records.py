@@ -1,4 +1,5 @@
-"""One generated record, and the two byte forms of it: a row of a parquet part and a journal payload.
+"""One generated record, and the two byte forms of it: a row of a parquet part and a journal
+payload.
 
 Both are functions of the records alone: no time, no host, no order of arrival.
 """
@@ -20,13 +21,17 @@ from llmqat.errors import DataError
 __all__ = ["Record", "decode_part", "decode_record", "encode_part", "encode_record"]
 
 _INT32_MAX = 2**31 - 1
-_HEAD = struct.Struct("<qiiIHH")  # record_id, seed_token, n_greedy, tokens, bytes of the two strings
+_HEAD = struct.Struct(
+    "<qiiIHH"
+)  # record_id, seed_token, n_greedy, tokens, bytes of the two strings
 _DIGEST_KEY = b"llmqat.records_sha256"
 
 SCHEMA = pa.schema(
     [
         pa.field("record_id", pa.int64(), nullable=False),
-        pa.field("input_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field(
+            "input_ids", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False
+        ),
         pa.field("length", pa.int32(), nullable=False),
         pa.field("seed_token", pa.int32(), nullable=False),
         pa.field("n_greedy", pa.int32(), nullable=False),
@@ -40,10 +45,11 @@ SCHEMA = pa.schema(
 class Record:
     """One sequence that the teacher wrote.
 
-    `record_id` >= 0 decides the record's randomness; `input_ids` are all its token ids, int32 [length]
-    (any sequence of integers is taken: list, numpy array, CPU tensor); `seed_token` is the first token
-    that was drawn or enumerated, -1 for none; `n_greedy` counts the top-1 tokens after it; `strategy` names
-    how it was made and `finish_reason` why it ended ("eos", "length", ...). Raises `DataError`.
+    `record_id` >= 0 decides the record's randomness; `input_ids` are all its token ids, int32
+    [length] (any sequence of integers is taken: list, numpy array, CPU tensor); `seed_token` is the
+    first token that was drawn or enumerated, -1 for none; `n_greedy` counts the top-1 tokens after
+    it; `strategy` names how it was made and `finish_reason` why it ended ("eos", "length", ...).
+    Raises `DataError`.
     """
 
     record_id: int
@@ -60,7 +66,8 @@ class Record:
         ids = np.asarray(self.input_ids)
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
             raise DataError(
-                f"record {rid}: input_ids must be one row of integers, got {ids.dtype} {list(ids.shape)}"
+                f"record {rid}: input_ids must be one row of integers, "
+                f"got {ids.dtype} {list(ids.shape)}"
             )
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) > _INT32_MAX):
             raise DataError(f"record {rid}: input_ids must lie in 0..2^31-1")
@@ -129,8 +136,8 @@ def _digest(records: Sequence[Record]) -> bytes:
 def encode_part(records: Sequence[Record]) -> bytes:
     """`records` (sorted by id) as the bytes of one zstd parquet file with a single row group.
 
-    The file carries the SHA-256 of its records, so that a part proves itself without a manifest. The
-    bytes depend on the records and on the version of pyarrow (which a parquet footer names).
+    The file carries the SHA-256 of its records, so that a part proves itself without a manifest.
+    The bytes depend on the records and on the version of pyarrow (which a parquet footer names).
     """
     lengths = np.array([r.length for r in records], np.int32)
     offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int64)])
@@ -140,7 +147,9 @@ def encode_part(records: Sequence[Record]) -> bytes:
     columns = [
         pa.array([r.record_id for r in records], pa.int64()),
         pa.ListArray.from_arrays(
-            pa.array(offsets.astype(np.int32)), pa.array(values), type=SCHEMA.field("input_ids").type
+            pa.array(offsets.astype(np.int32)),
+            pa.array(values),
+            type=SCHEMA.field("input_ids").type,
         ),
         pa.array(lengths),
         pa.array([r.seed_token for r in records], pa.int32()),
@@ -155,8 +164,8 @@ def encode_part(records: Sequence[Record]) -> bytes:
         sink,
         row_group_size=max(1, len(records)),
         compression="zstd",
-        # Token ids below 2^16 have two constant byte planes: split planes take 2.0 bytes a token on uniform
-        # ids of a 49k vocabulary, where the plain encoding takes 2.5.
+        # Token ids below 2^16 have two constant byte planes: split planes take 2.0 bytes a token on
+        # uniform ids of a 49k vocabulary, where the plain encoding takes 2.5.
         use_dictionary=["strategy", "finish_reason"],
         column_encoding={"input_ids.list.element": "BYTE_STREAM_SPLIT"},
         write_page_checksum=True,
@@ -166,7 +175,9 @@ def encode_part(records: Sequence[Record]) -> bytes:
 
 
 def decode_part(data: bytes, name: str) -> list[Record]:
-    """The records of one part, in file order; `DataError` naming `name` if anything does not add up."""
+    """The records of one part, in file order; `DataError` naming `name` if anything does not add
+    up.
+    """
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if not file.schema_arrow.equals(SCHEMA):

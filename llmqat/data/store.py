@@ -1,8 +1,9 @@
 """The writer of generated records: killed at any moment, it loses and repeats nothing.
 
-A batch is on disk (journal, one fsync) when `RecordWriter.write` returns. When the last record of a block
-arrives, the block becomes a parquet part, then the manifest names it, then the journal forgets it; each step is
-atomic, and a restart finishes whichever step was cut short. The layout is in docs/data-format.md.
+A batch is on disk (journal, one fsync) when `RecordWriter.write` returns. When the last record of a
+block arrives, the block becomes a parquet part, then the manifest names it, then the journal
+forgets it; each step is atomic, and a restart finishes whichever step was cut short. The layout is
+in docs/data-format.md.
 """
 
 from __future__ import annotations
@@ -35,29 +36,32 @@ __all__ = ["RecordWriter", "parse_shard"]
 
 _log = logging.getLogger("llmqat.data")
 
-# Dead bytes that a journal may hold before it is rewritten. Half of it may be dead, so that rewriting costs at
-# most one more write of each record.
+# Dead bytes that a journal may hold before it is rewritten. Half of it may be dead, so that
+# rewriting costs at most one more write of each record.
 _COMPACT_BYTES = 1 << 20
 
 
 class RecordWriter:
-    """Writes the records `records` (a count, or a range of ids), or shard i of n of them, into `folder`.
+    """Writes the records `records` (a count, or a range of ids), or shard i of n of them, into
+    `folder`.
 
         with RecordWriter(folder, {"teacher": ..., "seed": 0}, records=1000) as writer:
             for record_id in writer.missing():
                 writer.write(Record(record_id, ids))
 
-    `manifest` is the configuration that decides the records: a folder begun with another one is refused,
-    naming the field. Its key "versions" (a dict) is recorded only; its key "vocab_size", if there, bounds the
-    token ids. `shard` is (i, n) or "i/n"; shards write into one folder or into several that are merged by
-    copying. `records_per_part` trades file count against the size of one part.
+    `manifest` is the configuration that decides the records: a folder begun with another one is
+    refused, naming the field. Its key "versions" (a dict) is recorded only; its key "vocab_size",
+    if there, bounds the token ids. `shard` is (i, n) or "i/n"; shards write into one folder or into
+    several that are merged by copying. `records_per_part` trades file count against the size of one
+    part.
 
-    Opening repairs what a kill left behind: temporary files are removed, a torn journal tail is cut, a part
-    that does not verify moves to `quarantine/` and its records become missing. `messages` says what
-    was done (also logged as warnings of "llmqat.data").
+    Opening repairs what a kill left behind: temporary files are removed, a torn journal tail is
+    cut, a part that does not verify moves to `quarantine/` and its records become missing.
+    `messages` says what was done (also logged as warnings of "llmqat.data").
 
-    Raises `ConfigError` (arguments; `LockError` if another process writes this shard), `DataError` (the folder
-    holds another run, or was altered) and `OSError` naming the path (disk full, folder not writable).
+    Raises `ConfigError` (arguments; `LockError` if another process writes this shard), `DataError`
+    (the folder holds another run, or was altered) and `OSError` naming the path (disk full, folder
+    not writable).
     """
 
     def __init__(
@@ -78,7 +82,9 @@ class RecordWriter:
         config = plain_json(manifest, "manifest")
         versions = config.pop("versions", {})
         if not isinstance(versions, dict):
-            raise ConfigError(f"manifest versions {versions!r}: must be a dict of names to versions")
+            raise ConfigError(
+                f"manifest versions {versions!r}: must be a dict of names to versions"
+            )
         versions = {"pyarrow": pa.__version__, **versions}
         vocab = config.get("vocab_size")
         if vocab is not None and (not isinstance(vocab, int) or vocab < 1):
@@ -144,14 +150,17 @@ class RecordWriter:
     def write(self, records: Record | Iterable[Record]) -> None:
         """Store one record or a batch, in any order of ids; on return they survive a power cut.
 
-        A batch costs one fsync, so hand over what finished together. Raises `DataError` before anything is
-        written for an id outside this shard, an id stored already, or a token outside the vocabulary; `OSError`
-        when the disk refuses: then open the folder again, which continues from what is safe.
+        A batch costs one fsync, so hand over what finished together. Raises `DataError` before
+        anything is written for an id outside this shard, an id stored already, or a token outside
+        the vocabulary; `OSError` when the disk refuses: then open the folder again, which continues
+        from what is safe.
         """
         batch = [records] if isinstance(records, Record) else list(records)
         if self._failed or not self._lock.held:
             why = "an earlier write failed" if self._failed else "it is closed"
-            raise DataError(f"writer of {self.folder} cannot write: {why}; open it again to continue")
+            raise DataError(
+                f"writer of {self.folder} cannot write: {why}; open it again to continue"
+            )
         seen: set[int] = set()
         for record in batch:
             self._check(record, seen)
@@ -178,7 +187,9 @@ class RecordWriter:
         if self._vocab_size is not None and record.length:
             top = int(record.input_ids.max())
             if top >= self._vocab_size:
-                raise DataError(f"record {rid}: token {top} is outside vocab_size {self._vocab_size}")
+                raise DataError(
+                    f"record {rid}: token {top} is outside vocab_size {self._vocab_size}"
+                )
 
     def _keep(self, records: Iterable[Record], payloads: Iterable[bytes]) -> None:
         for record, payload in zip(records, payloads, strict=True):
@@ -220,9 +231,7 @@ class RecordWriter:
 
     def _open(self) -> None:
         manifest = self._manifest
-        io.remove_temps(
-            self.folder, lambda name: name in (manifest.name, self._journal_path.name)
-        )
+        io.remove_temps(self.folder, lambda name: name in (manifest.name, self._journal_path.name))
         io.remove_temps(self._parts, lambda name: self._is_mine(part_range(name)))
         own = self.folder / manifest.name
         before = None
@@ -236,7 +245,8 @@ class RecordWriter:
                 manifest.versions = found.versions + new
         if before is None and (self._journal_path.exists() or self._part_files()):
             raise DataError(
-                f"{self.folder} holds parts or a journal but no {manifest.name}: restore it or use another folder"
+                f"{self.folder} holds parts or a journal but no {manifest.name}: "
+                "restore it or use another folder"
             )
         self._verify_parts()
         if manifest.to_dict() != before:
@@ -289,9 +299,14 @@ class RecordWriter:
             record = decode_record(payload)
             block = self._manifest.block_of(record.record_id)
             if record.record_id not in self._manifest.all_ids:
-                raise DataError(f"{self._journal_path}: record {record.record_id} is not of this run")
-            # A part holds it already when the kill fell between the part and the journal's rewriting.
-            stored = block in self._manifest.parts or record.record_id in self._pending.get(block, ())
+                raise DataError(
+                    f"{self._journal_path}: record {record.record_id} is not of this run"
+                )
+            # A part holds it already when the kill fell between the part and the journal's
+            # rewriting.
+            stored = block in self._manifest.parts or record.record_id in self._pending.get(
+                block, ()
+            )
             if not stored:
                 self._keep([record], [payload])
         self._journal.payloads = []

@@ -6,6 +6,8 @@ text that a language model finds ordinary, so sentences with holes matter more t
 the few templates that carry words of the sentence (units, foreign words) are expanded.
 """
 
+# ruff: noqa: RUF001 (the dashes and quotation marks of real text are the subject here)
+
 from __future__ import annotations
 
 import html

@@ -80,9 +80,20 @@ def build_llama(fields: Mapping[str, Any], dtype: torch.dtype) -> LlamaForCausal
     config.dtype = dtype
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config)
+    restore_rotary(model)
     return model.eval()
+
+
+def restore_rotary(model: nn.Module) -> None:
+    """Compute the rotary frequencies anew in fp32, where the embedding is (on the CPU for meta).
+
+    `model.to(bfloat16)` rounds them, although they are in no checkpoint: such a model would
+    differ from itself after saving and loading.
+    """
+    base = model.model
+    device = base.embed_tokens.weight.device
+    rotary = type(base.rotary_emb)(model.config)
+    base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
 
 
 def tie_head(model: nn.Module) -> None:

@@ -1,10 +1,10 @@
 """A LLaMA-architecture GGUF file to an ordinary transformers folder.
 
-Block-quantized tensors are dequantized to fp32 exactly (every value a block can hold is an fp32
-number), the row order that GGUF files use for the query and key projections is undone, and the
-byte-level BPE tokenizer is rebuilt from the metadata. The result is what
+Block-quantized tensors are dequantized to fp32 as the ``gguf`` package defines it and kept in fp32
+(bf16 would change the values), the row order that GGUF files use for the query and key projections
+is undone, and the byte-level BPE tokenizer is rebuilt from the metadata. The result is what
 ``AutoModelForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` read without a
-network. transformers can read GGUF files itself, in four times the time, and version 5.17 gives
+network. transformers can read GGUF files itself, in three times the time, and version 5.17 gives
 this tokenizer the wrong end-of-text token and the wrong split of digits.
 
 Needs the ``gguf`` package.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llmqat.config import KV_MODES, PACKED_KV_BITS
 from llmqat.errors import ConfigError
+from llmqat.models.families import find_family
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
 from llmqat.runtime.weights import Block, FusedLinear, extract
@@ -42,6 +43,7 @@ OPERATORS = (
     "rope_quantize_append",
     "attention_decode",
 )
+DEFAULT_MAX_LEN = 2048
 ROWS_PER_PASS = 256
 """Rows of one pass through the blocks: bounds the activations of a long prompt, amortizes reading
 the weights.
@@ -71,7 +73,7 @@ class Engine:
         model: its weights are copied into the backend's layout (except an embedding that needs no
             change); the model is not changed and may be dropped afterwards.
         max_slots: sequences that run at one time.
-        max_len: tokens per sequence, at most the model's positions.
+        max_len: tokens per sequence, at most the model's positions; None takes 2048 or, if fewer, those.
         kv_bits: 4, 8 or 16; None takes the model's own setting (16 for a plain model).
         kv_mode: ``paper`` or ``serving``; None takes the model's own setting (``paper`` for a plain
             model).
@@ -88,7 +90,7 @@ class Engine:
         model: nn.Module,
         *,
         max_slots: int = 1,
-        max_len: int = 2048,
+        max_len: int | None = None,
         kv_bits: int | None = None,
         kv_mode: str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,6 +98,11 @@ class Engine:
     ) -> None:
         if max_slots < 1:
             raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
+        find_family(model)
+        if max_len is None:
+            max_len = min(DEFAULT_MAX_LEN, model.config.max_position_embeddings)
+        if weight_dtype not in (None, torch.float32, torch.bfloat16):
+            raise InvalidArgument(f"weight_dtype: {weight_dtype} is not float32, bfloat16 or None")
         self.dtype: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
         with torch.inference_mode():
             self.weights = extract(
@@ -135,6 +142,7 @@ class Engine:
             (self._float_block if block.integer_bits is None else self._integer_block, block, cache)
             for block, cache in zip(weights.blocks, self._caches, strict=True)
         ]
+        self._halves = (weights.blocks[0].gate_up.n // 2,) * 2
         self._heads = (weights.heads, weights.kv_heads, weights.kv_heads)
 
     # What it holds
@@ -322,7 +330,7 @@ class Engine:
         codes, scale, stream = kernels.rms_norm_quantize(
             stream, block.post_norm, block.post_eps, bits, delta
         )
-        gate, up = self._integer(block.gate_up, codes, scale).chunk(2, -1)
+        gate, up = self._integer(block.gate_up, codes, scale).split_with_sizes(self._halves, 1)
         codes, scale = kernels.silu_mul_quantize(gate, up, bits)
         return stream, self._integer(block.down, codes, scale)
 
@@ -337,7 +345,7 @@ class Engine:
         mixed = self._attend(cache, self._linear(block.qkv, normed), rows)
         stream = stream + self._linear(block.o, mixed)
         normed = kernels.rms_norm(stream, block.post_norm, block.post_eps)
-        gate, up = self._linear(block.gate_up, normed).chunk(2, -1)
+        gate, up = self._linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
         return stream, self._linear(block.down, kernels.silu_mul(gate, up))
 
     def _attend(self, cache: KVCache, qkv: Tensor, rows: _Rows) -> Tensor:

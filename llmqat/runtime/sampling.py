@@ -44,7 +44,7 @@ class Sampling:
             raise ConfigError(f"seed: {self.seed!r} is not an integer of 0..2^63-1")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(
-                f"temperature: {self.temperature} must be positive; use greedy for the largest logit"
+                f"temperature: {self.temperature} must be positive; use greedy for the best token"
             )
         if self.top_k < 0:
             raise ConfigError(f"top_k: {self.top_k} must be 0 (off) or positive")

@@ -137,6 +137,6 @@ def _check(request: Request, max_len: int) -> None:
         raise InvalidArgument(f"prompts: prompt {request.record} is empty; give at least one token")
     if not len(request.prompt) <= request.max_len <= max_len:
         raise InvalidArgument(
-            f"prompts: prompt {request.record} has {len(request.prompt)} tokens, its limit is {request.max_len} and"
-            f" the engine's max_len {max_len}"
+            f"prompts: prompt {request.record} has {len(request.prompt)} tokens, its limit is"
+            f" {request.max_len} and the engine's max_len {max_len}"
         )

@@ -165,7 +165,7 @@ def _read(module: nn.Module, dtype: torch.dtype) -> _Source:
         return _Source(None, None, value.to(dtype), bias, OFF, a_bits)
     if type(module) is not nn.Linear:
         raise ConfigError(
-            f"model: the engine cannot run a {type(module).__name__}; pass a plain or converted model"
+            f"model: the engine cannot run a {type(module).__name__}; pass a plain LLaMA"
         )
     return _Source(None, None, module.weight.detach(), bias, OFF, 16)
 
@@ -174,6 +174,8 @@ def _float_linear(
     weight: Tensor, bias: Tensor | None, a_bits: int, weight_dtype: torch.dtype | None
 ) -> FusedLinear:
     stored = narrow(weight) if weight_dtype is None else weight.to(weight_dtype)
+    if stored.dtype == torch.float16:  # no layout of its own; every fp16 value is an fp32 value
+        stored = stored.to(torch.float32)
     layout = qk.repack_weight(stored.contiguous(), 16)
     return FusedLinear(layout, None, bias, weight.shape[0], 16, a_bits, -1)
 
@@ -193,7 +195,7 @@ def fuse(
     sources = [_read(module, dtype) for module in modules]
     if len({(s.w_spec, s.a_bits) for s in sources}) != 1:
         raise ConfigError(
-            "model: linears that share an input are quantized differently; the engine needs one setting"
+            "model: linears that share an input differ in bits; the engine needs one setting"
         )
     first = sources[0]
     bias = _stack_bias(sources, modules)
@@ -254,7 +256,7 @@ def extract(
     config = model.config
     if not 1 <= max_len <= config.max_position_embeddings:
         raise InvalidArgument(
-            f"max_len: {max_len} is outside 1..{config.max_position_embeddings}, the model's positions"
+            f"max_len: {max_len} is outside 1..{config.max_position_embeddings} (model positions)"
         )
     if config.hidden_act != "silu":
         raise ConfigError(

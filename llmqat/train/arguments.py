@@ -10,11 +10,10 @@ from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
 from llmqat.train.losses import find_loss
 
-__all__ = ["DEVICES", "DTYPES", "QuantArguments", "TrainArguments"]
+__all__ = ["QuantArguments", "TrainArguments"]
 
-DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
-_RUN_FIELDS = ("output", "resume", "save_limit")
+_RUN_FIELDS = ("output", "resume", "save_limit", "threads")
 """Options that may change between a run and its resumption; all others decide its result."""
 
 
@@ -110,7 +109,8 @@ class TrainArguments:
     weight_decay: float = _option(0.0, "AdamW weight decay.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
     seed: int = _option(42, "Seed of the data order.")
-    device: str = _option("auto", "cpu, cuda, or auto: cuda where there is one.")
+    device: str = _option("cpu", "cpu or cuda.")
+    threads: int | None = _option(None, "CPU threads; torch's default otherwise.")
     dtype: str = _option(
         "float32", "float32, or bfloat16: autocast over fp32 master weights, teacher in bfloat16."
     )
@@ -127,7 +127,6 @@ class TrainArguments:
     resume: bool = _option(False, "Go on from the newest complete checkpoint in --output.")
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         find_loss(self.loss)
         for name in (

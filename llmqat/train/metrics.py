@@ -47,7 +47,7 @@ class MetricsLog:
         self.path = path
 
     def rewind(self, step: int) -> float:
-        """Forget what was logged after `step`, to be logged again; returns the seconds until then."""
+        """Forget what was logged after `step`; returns the seconds trained until then."""
         entries = [entry for entry in read_metrics(self.path) if entry["step"] <= step]
         io.write_text(self.path, "".join(map(_line, entries)))
         return float(entries[-1].get("seconds", 0.0)) if entries else 0.0

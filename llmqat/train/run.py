@@ -21,32 +21,29 @@ from torch import nn
 
 import llmqat_kernels
 from llmqat import io
-from llmqat.checkpoint import from_pretrained, save_pretrained
+from llmqat.checkpoint import save_pretrained
 from llmqat.config import QATConfig
 from llmqat.convert import prepare, state_of
 from llmqat.data.dataset import PackedDataset
 from llmqat.errors import CheckpointError, ConfigError
+from llmqat.runtime.loading import (
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    parse_device,
+    set_threads,
+)
 from llmqat.train.arguments import TrainArguments
 from llmqat.train.metrics import read_metrics
 from llmqat.train.trainer import METRICS, QATTrainer, training_arguments
 
-__all__ = ["RUN_FILE", "announce_backend", "find_device", "load_tokenizer", "train"]
+__all__ = ["RUN_FILE", "announce_backend", "train"]
 
 RUN_FILE = "llmqat_run.json"
 _LOCK = ".llmqat-train.lock"
 _RUNNING, _COMPLETE = "running", "complete"
 
 logger = logging.getLogger(__name__)
-
-
-def find_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device; ConfigError for a CUDA device that is not there."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError(
-            "--device: cuda is asked for, but torch sees no CUDA device; use --device cpu"
-        )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
 def announce_backend(device: torch.device) -> None:
@@ -56,33 +53,15 @@ def announce_backend(device: torch.device) -> None:
             choice.op for choice in llmqat_kernels.choices("cuda") if choice.backend == "reference"
         ]
         print(
-            f"cuda: the reference backend (plain torch) serves {len(slow)} operators without a kernel",
+            f"cuda: the reference backend (plain torch) serves {len(slow)} operators, which have no"
+            " kernel yet",
             file=sys.stderr,
         )
 
 
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer in a model folder; nothing is downloaded and no code of the folder is run.
-
-    Raises:
-        CheckpointError: the folder has none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"directory: {folder} is not a folder; name a local model folder")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises many classes for a missing or malformed tokenizer
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{folder}: has no readable tokenizer ({reason})") from error
-
-
 def load_plain(role: str, folder: str, dtype: torch.dtype) -> nn.Module:
     """A full-precision model; ConfigError if it is prepared or packed."""
-    model = from_pretrained(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, device=torch.device("cpu"))
     state = state_of(model)
     if state is not None:
         raise ConfigError(
@@ -100,7 +79,8 @@ def train(arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
         another run. CheckpointError, DataError: unreadable model or data.
         RuntimeError: the loss is not finite.
     """
-    device = find_device(arguments.device)
+    device = parse_device(arguments.device)
+    set_threads(arguments.threads)
     output = io.make_dir(arguments.output)
     with io.Lock(output / _LOCK):
         record = _open_record(output, arguments, config)
@@ -201,11 +181,8 @@ def _finish(trainer: QATTrainer, record: dict[str, Any], output: Path, model_fol
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    source = Path(model_folder)
-    has_tokenizer = any(
-        (source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    )
-    save_pretrained(model.eval(), output, tokenizer=source if has_tokenizer else None)
+    tokenizer = model_folder if has_tokenizer(model_folder) else None
+    save_pretrained(model.eval(), output, tokenizer=tokenizer)
     entries = read_metrics(output / METRICS)
     first, last = entries[0], entries[-1]  # the last step is always logged
     record.update(

@@ -139,7 +139,7 @@ class QATTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, **options: Any
     ) -> TrainOutput:
-        """Train; True resumes from the newest complete checkpoint if there is one, a path from that.
+        """Train; True resumes from the newest complete checkpoint, if any; a path from that one.
 
         Raises:
             CheckpointError: the named checkpoint is incomplete or altered.

@@ -13,9 +13,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the rows of x [..., K] by weight [K] -> [..., K] in x's dtype (spec 12)."""
     wide = x.to(torch.float32)
     total = tree_sum(wide * wide)
-    # torch.div of two tensors and sqrt are IEEE; torch.rsqrt is not.
     mean = torch.div(total, torch.full_like(total, float(x.shape[-1])))
-    root = torch.sqrt(mean + torch.full_like(mean, eps))
+    # torch.sqrt of fp32 is off by an ulp at times; through fp64 it is correctly rounded (53 >= 2 * 24 + 2).
+    root = torch.sqrt((mean + torch.full_like(mean, eps)).to(torch.float64)).to(torch.float32)
     r = torch.div(torch.ones_like(root), root)
     normed = (wide * r.unsqueeze(-1)).to(x.dtype).to(torch.float32)
     return (normed * weight.to(torch.float32)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The native library: loading, schemas, and the row operators bit for bit on every instruction set."""
+"""The native library: loading, schemas, and row operators bit for bit on every instruction set."""
 
 import json
 import os
@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.why_not
 OPS = torch.ops.llmqat_cpu
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY_OPS = {"build_info", "get_isa", "set_isa", "detected_isa"}
+# Steps from which Python puts an operator of schemas.py together; not public.
+INNER_OPS = {"soft_cross_entropy"}
 # One value, primes, and every vector width (8, 16, 32, 64) with its neighbours.
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1031)
 
@@ -33,9 +35,11 @@ def assert_same(actual, expected):
 
 
 def expected_quantize(x, bits, bf16_scale):
-    """Spec 1-4 once more, value by value in fp64 with explicit roundings to fp32: independent of the
-    vector expression in llmqat_kernels/spec (a double holds every product and quotient of two floats
-    closely enough that rounding it again gives the fp32 result: 53 >= 2 * 24 + 2)."""
+    """Spec 1-4 once more, in fp64 with explicit roundings to fp32: independent of the spec module.
+
+    A double holds a product or quotient of two floats closely enough that rounding it again gives
+    the fp32 result: 53 >= 2 * 24 + 2.
+    """
     limit = 2 ** (bits - 1) - 1
     rows = x.to(torch.float64)
     amax = rows.abs().amax(dim=-1)
@@ -239,7 +243,7 @@ def test_schemas_are_the_list_of_schemas_py(namespace):
     if namespace == "llmqat_cuda" and native.build_info()["cuda"] is None:
         pytest.skip("built without CUDA")
     assert "quantize" in registered
-    for op in registered.keys() - (LIBRARY_OPS if namespace == "llmqat_cpu" else set()):
+    for op in registered.keys() - LIBRARY_OPS - INNER_OPS:
         assert op in SCHEMAS, f"{namespace}::{op} is not in schemas.py"
         want = torch._C.parse_schema(f"{namespace}::{op}{SCHEMAS[op]}")
         assert str(registered[op]) == str(want)
@@ -255,7 +259,7 @@ def test_set_isa_nests_and_restores():
             assert native.isa() == native.supported_isas()[-1]
         assert native.isa() == "scalar"
     assert native.isa() == before
-    with pytest.raises(BackendUnavailable, match="isa: 'neon' cannot run here"), native.set_isa("neon"):
+    with pytest.raises(BackendUnavailable, match="isa: 'neon' cannot"), native.set_isa("neon"):
         pass
     assert native.isa() == before
 
@@ -284,16 +288,11 @@ def test_host_module_agrees_with_the_library():
     assert json.loads(host.build_info()) == native.build_info()
     assert host.detected_isa() == native.supported_isas()[-1]
     assert host.rows_per_task(64) == 1024 and host.rows_per_task(10**9) == 1
-    assert [host.quantize_threads(n, 8) for n in (0, 1, 256, 257, 2048, 10**6)] == [
-        32,
-        32,
-        32,
-        64,
-        256,
-        256,
-    ]
-    assert "torch" not in run_python(
+    threads = [host.quantize_threads(n, 8) for n in (0, 1, 256, 257, 2048, 10**6)]
+    assert threads == [32, 32, 32, 64, 256, 256]
+    alone = run_python(
         "import importlib.util as u, sys;"
         f"s = u.spec_from_file_location('_host', {host.__file__!r});"
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(*sys.modules)"
-    ).stdout.split()
+    )
+    assert "sys" in alone.stdout.split() and "torch" not in alone.stdout.split()

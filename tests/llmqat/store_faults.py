@@ -1,11 +1,12 @@
 """Fault injection for the record store: kills, torn writes, power cuts, full disks. No torch.
 
-    python tests/llmqat/store_faults.py sweep SCRATCH     # every step of several runs, one strike each
-    python tests/llmqat/store_faults.py unsynced SCRATCH  # a few strikes at a writer that skips one fsync
-    python tests/llmqat/store_faults.py sigkill SCRATCH   # SIGKILL from outside at random times
+    python tests/llmqat/store_faults.py sweep SCRATCH     # every step of several runs, one strike
+    each python tests/llmqat/store_faults.py unsynced SCRATCH  # a few strikes at a writer that
+    skips one fsync python tests/llmqat/store_faults.py sigkill SCRATCH   # SIGKILL from outside at
+    random times
 
-Each prints one JSON object. `llmqat.io` calls plain `os` functions for every step that can matter, so `Faults`
-replaces those in a forked child, counts the steps and strikes at a chosen one.
+Each prints one JSON object. `llmqat.io` calls plain `os` functions for every step that can matter,
+so `Faults` replaces those in a forked child, counts the steps and strikes at a chosen one.
 """
 
 from __future__ import annotations
@@ -31,14 +32,26 @@ from typing import Any
 from llmqat import io
 from llmqat.data import Record, RecordWriter, journal, open_dataset, store
 
+Stored = Callable[[list[int]], object]  # tells the parent which ids are safe
+
 STEPS = ("open", "write", "fsync", "replace", "rename", "unlink", "ftruncate")
 REAL = {name: getattr(os, name) for name in STEPS}
+RECORDS, PER_PART = 23, 5
+PARTS = [
+    "part-00000000-00000004.parquet",
+    "part-00000005-00000009.parquet",
+    "part-00000010-00000014.parquet",
+    "part-00000015-00000019.parquet",
+    "part-00000020-00000022.parquet",
+]
 CONFIG = {"teacher": "tiny", "seed": 3, "sampling": {"temperature": 1.0, "top_k": 0}}
 
 
 @dataclass
 class _Change:
-    """A change of names that a power cut may undo: `put_back` restores what was, from `spare` copies."""
+    """A change of names that a power cut may undo: `put_back` restores what was, from `spare`
+    copies.
+    """
 
     folder: str
     put_back: Callable[[], None]
@@ -47,11 +60,12 @@ class _Change:
 class Faults:
     """Replaces the `os` file functions while active, counts their steps, strikes at step `at`.
 
-    kind "before": SIGKILL before the step. "torn": a write is done by half, any other step whole, then SIGKILL.
-    "power": SIGKILL before the step, and an arbitrary part of what was not fsynced is lost: tails of files, and
-    the latest creations, renames and removals since each folder's last fsync. "enospc": a write is done by half and
-    fails. None: nothing. `trace` lists (step, path); steps on descriptors show the path given to `open`.
-    `spare` is a folder for the copies that "power" needs.
+    kind "before": SIGKILL before the step. "torn": a write is done by half, any other step whole,
+    then SIGKILL. "power": SIGKILL before the step, and an arbitrary part of what was not fsynced is
+    lost: tails of files (cut off or zeroed), and the latest creations, renames and removals since
+    each folder's last fsync. "enospc": a write is done by half and fails. None: nothing. `trace`
+    lists (step, path); steps on descriptors show the path given to `open`. `spare` is a folder for
+    the copies that "power" needs.
     """
 
     def __init__(self, kind: str | None = None, at: int = -1, spare: Path | None = None) -> None:
@@ -74,7 +88,7 @@ class Faults:
             os.close(duplicate)
 
     def _strikes(self, name: str, path: Any) -> bool:
-        """Count a step; True if the strike is due within it; does not return from a kill before it."""
+        """Count a step; True if the strike is due within it. A kill before it does not return."""
         self.trace.append((name, str(path)))
         if len(self.trace) - 1 != self.at:
             return False
@@ -108,7 +122,8 @@ class Faults:
         return int(REAL["write"](fd, data))
 
     def fsync(self, fd: int) -> None:
-        # Not done for real: a killed process leaves the page cache whole, and power cuts are modelled here.
+        # Not done for real: a killed process leaves the page cache whole, and power cuts are
+        # modelled here.
         strike = self._strikes("fsync", self._paths[fd])
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             folder = self._paths[fd]
@@ -162,6 +177,8 @@ class Faults:
             size = os.fstat(duplicate).st_size
             if size > synced:
                 REAL["ftruncate"](duplicate, self._random.randint(synced, size))
+                if self._random.random() < 0.5:  # the length was stored, the data was not
+                    REAL["ftruncate"](duplicate, size)
         kept = self._random.randint(0, len(self._changes))
         for change in reversed(self._changes[kept:]):
             change.put_back()
@@ -180,7 +197,7 @@ def run(
     records: int,
     per_part: int,
     seed: int,
-    stored: Callable[[list[int]], None] = lambda ids: None,
+    stored: Stored = lambda ids: None,
     pause: float = 0.0,
 ) -> list[int]:
     """Make what is missing, out of order and in uneven batches; returns the ids that were made."""
@@ -199,6 +216,21 @@ def run(
     return made
 
 
+def writer(folder: Path, **changes: Any) -> RecordWriter:
+    """A writer of RECORDS records, `changes` being other arguments."""
+    options = {"records": RECORDS, "records_per_part": PER_PART, **changes}
+    return RecordWriter(folder, options.pop("manifest", CONFIG), **options)
+
+
+def fill(folder: Path, **changes: Any) -> Path:
+    """Write all that is missing; returns `folder`."""
+    with writer(folder, **changes) as out:
+        for record_id in out.missing():
+            out.write(make_record(record_id))
+        assert out.complete
+    return folder
+
+
 def fingerprint(folder: Path) -> str:
     """Hash over the names and bytes of everything in `folder` but the quarantine."""
     total = hashlib.sha256()
@@ -210,8 +242,10 @@ def fingerprint(folder: Path) -> str:
 
 
 @contextmanager
-def child(work: Callable[[Callable[[list[int]], None]], object]) -> Iterator[tuple[int, int]]:
-    """Fork; `work(stored)` runs in the child. Yields (pid, pipe of the ids that were reported as stored)."""
+def child(work: Callable[[Stored], object]) -> Iterator[tuple[int, int]]:
+    """Fork; `work(stored)` runs in the child. Yields (pid, pipe of the ids that were reported as
+    stored).
+    """
     out, into = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -267,7 +301,7 @@ class Tally:
 
 
 def sweep(
-    scratch: Path, seeds: int = 4, stride: int = 1, records: int = 19, per_part: int = 5
+    scratch: Path, seeds: int = 6, stride: int = 1, records: int = 11, per_part: int = 4
 ) -> dict[str, int]:
     """Strike at every `stride`-th step of `seeds` different runs, in three ways, then resume.
 
@@ -290,7 +324,7 @@ def sweep(
                 spare.mkdir()
                 kind = ("before", "torn", "power")[point % 3]
 
-                def work(stored: Callable[[list[int]], None], kind: str = kind, at: int = at) -> None:
+                def work(stored: Stored, kind: str = kind, at: int = at, seed: int = seed) -> None:
                     with Faults(kind, at, spare if kind == "power" else None):
                         run(folder, records, per_part, seed, stored)
 
@@ -306,7 +340,7 @@ def sweep(
 
 
 def unsynced(scratch: Path) -> dict[str, int]:
-    """A short sweep of a writer whose journal is not fsynced: the sweep must notice the power cuts."""
+    """A short sweep of a writer whose journal is not fsynced: it must notice the power cuts."""
 
     def append(self: journal.Journal, payloads: Iterable[bytes]) -> None:
         data = b"".join(journal._frame(payload) for payload in payloads)
@@ -350,4 +384,6 @@ if __name__ == "__main__":
     gc.disable()  # a collection in a child would copy the parent's pages
     store._COMPACT_BYTES = 64  # so that small runs rewrite their journals too
     place = Path(sys.argv[2])
-    print(json.dumps({"sweep": sweep, "unsynced": unsynced, "sigkill": sigkill}[sys.argv[1]](place)))
+    print(
+        json.dumps({"sweep": sweep, "unsynced": unsynced, "sigkill": sigkill}[sys.argv[1]](place))
+    )

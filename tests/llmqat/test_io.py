@@ -10,14 +10,15 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
-from store_faults import STEPS, Faults
 
 from llmqat import io
 from llmqat.errors import CheckpointError, ConfigError, DataError, LockError
+from tests.llmqat.store_faults import STEPS, Faults
 
 
 def names(folder: Path) -> list[str]:
@@ -138,7 +139,7 @@ def test_file_size_limit_of_the_kernel(tmp_path: Path) -> None:
 def test_missing_folder_and_file_as_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for folder in (tmp_path / "none", tmp_path / "file"):
-        with pytest.raises(OSError, match="x.bin"):
+        with pytest.raises(OSError, match=r"x\.bin"):
             io.write_bytes(folder / "x.bin", b"")
     with pytest.raises(NotADirectoryError, match="file"):
         io.make_dir(tmp_path / "file" / "sub")
@@ -146,16 +147,27 @@ def test_missing_folder_and_file_as_folder(tmp_path: Path) -> None:
         io.make_dir(tmp_path / "file")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_folder_without_permission(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(PermissionError, match="a.bin"):
-            io.write_bytes(tmp_path / "a.bin", b"")
-        with pytest.raises(PermissionError, match="lock"):
-            io.Lock(tmp_path / ".lock").acquire()
-    finally:
-        tmp_path.chmod(0o700)
+def test_folder_without_permission() -> None:
+    """In a child that gives up root, for root may write anywhere."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        pid = os.fork()
+        if pid == 0:
+            refused = 0
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            try:
+                io.write_bytes(folder / "a.bin", b"")
+            except PermissionError as error:
+                refused += str(folder / "a.bin") in str(error)
+            try:
+                io.Lock(folder / ".lock").acquire()
+            except PermissionError as error:
+                refused += str(folder / ".lock") in str(error)
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+        folder.chmod(0o755)
 
 
 def test_make_dir_syncs_each_parent(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Wiki markup to prose: one case per rule, and no markup left over."""
 
+# ruff: noqa: RUF001 (the dashes of real text are the subject here)
+
 import pytest
 
 from llmqat.demo.wikitext import MIN_PARAGRAPH, excerpt, paragraphs

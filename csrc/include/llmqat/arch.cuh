@@ -1,6 +1,6 @@
-// What CUDA kernels need from the compiler and the machine, each behind one name, so that the emulator
-// in tests/emulator can supply its own. Inline PTX may appear in this file only: one wrapper per
-// instruction, named by the ISA.
+// What CUDA kernels need from the compiler and the machine, each behind one name, so that the
+// emulator in tests/emulator can supply its own. Inline PTX may appear in this file only: one
+// wrapper per instruction, named by the ISA.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// The scalar formulas of docs/spec.md paragraphs 1 to 5, and the 16-bit floats. Host and device; no torch.
+// The scalar formulas of docs/spec.md 1 to 5, and the 16-bit floats. Host and device; no torch.
 //
-// fp32, IEEE, round to nearest even, no contraction: the host side is compiled with -ffp-contract=off,
-// the device side names each rounding (__fmul_rn, __fdiv_rn). Vector code in csrc/cpu must give these
-// bits; it does so by the same operations in the same order.
+// fp32, IEEE, round to nearest even, no contraction: the host side is compiled with
+// -ffp-contract=off, the device side names each rounding (__fmul_rn, __fdiv_rn). Vector code in
+// csrc/cpu must give these bits; it does so by the same operations in the same order.
 #pragma once
 
 #include <cstdint>
@@ -78,7 +78,7 @@ LLMQAT_HD float div_rn(float a, float b) {
 #endif
 }
 
-// ---- 16-bit floats --------------------------------------------------------------------------------
+// ---- 16-bit floats ----
 
 LLMQAT_HD float to_float(float v) { return v; }
 
@@ -128,21 +128,30 @@ LLMQAT_HD fp16 to_fp16(float v) {
 template <class T>
 LLMQAT_HD T from_float(float v);
 template <>
-LLMQAT_HD float from_float<float>(float v) { return v; }
+LLMQAT_HD float from_float<float>(float v) {
+  return v;
+}
 template <>
-LLMQAT_HD bf16 from_float<bf16>(float v) { return to_bf16(v); }
+LLMQAT_HD bf16 from_float<bf16>(float v) {
+  return to_bf16(v);
+}
 template <>
-LLMQAT_HD fp16 from_float<fp16>(float v) { return to_fp16(v); }
+LLMQAT_HD fp16 from_float<fp16>(float v) {
+  return to_fp16(v);
+}
 
 // round_d of the specification: to the dtype and back.
 template <class T>
-LLMQAT_HD float round_to(float v) { return to_float(from_float<T>(v)); }
+LLMQAT_HD float round_to(float v) {
+  return to_float(from_float<T>(v));
+}
 
-// ---- quantization ---------------------------------------------------------------------------------
+// ---- quantization ----
 
 LLMQAT_HD int qmax(int bits) { return (1 << (bits - 1)) - 1; }
 
-// |x| of a row as an ordered integer: max over it finds amax, and anything >= kInfBits is not finite.
+// |x| of a row as an ordered integer: max over it finds amax, and anything >= kInfBits is not
+// finite.
 LLMQAT_HD uint32_t magnitude_bits(float v) { return float_bits(v) & kAbsMask; }
 
 // What one row needs to make codes. inv is 0 for rows whose codes are all 0.

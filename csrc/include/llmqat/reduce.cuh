@@ -8,8 +8,9 @@ namespace llmqat {
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxWarps = 32;
 
-// The maximum of v over the block's x dimension, in every thread. Every warp of the block must call it,
-// unless blockDim.x is one warp: then each warp (each threadIdx.y) is on its own and no barrier is used.
+// The maximum of v over the block's x dimension, in every thread. Every warp of the block must call
+// it, unless blockDim.x is one warp: then each warp (each threadIdx.y) is on its own and no barrier
+// is used.
 LLMQAT_DEVICE uint32_t row_max_u32(uint32_t v) {
   v = redux_max_u32(v);
   if (blockDim.x == kWarp) return v;

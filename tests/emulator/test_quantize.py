@@ -1,0 +1,109 @@
+"""The CUDA quantize kernel on the CPU under three thread schedules, bit for bit as spec 1-4."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmqat_kernels.spec import quantize as spec
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+GUARD = 64
+# One warp a row (with tail rows in the last block); many warps; vectors and single values; rows
+# wider than what the threads hold in registers.
+SHAPES = [(1, 1), (5, 7), (6, 64), (2, 1000), (2, 2048), (1, 9000)]
+SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
+FLAGS = (
+    "-x c++ -std=c++20 -O1 -ffp-contract=off -fPIC -shared -DLLMQAT_EMULATED -Icsrc -Icsrc/include"
+    " -Itests/emulator -Wno-unknown-pragmas -fsanitize=alignment,bounds,shift"
+    " -fsanitize-undefined-trap-on-error"
+).split()
+
+pytestmark = pytest.mark.emulator
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    output = tmp_path_factory.mktemp("emulator") / "quantize.so"
+    command = [*compiler.split(), *FLAGS, "tests/emulator/quantize.cpp", "-o", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    library = ctypes.CDLL(str(output))
+    pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    inputs = [pointer, integer, long, long, integer, ctypes.c_bool]
+    library.llmqat_cuda_quantize.argtypes = [*inputs, pointer, pointer, pointer]
+    return library
+
+
+def quantize(library, x, bits, bf16_scale):
+    """Run the launcher on contiguous x[rows, columns]; outputs lie between guard bands."""
+    rows, columns = x.shape
+    codes = torch.full((x.numel() + 2 * GUARD,), 85, dtype=torch.int8)
+    scale = torch.full((rows + 2 * GUARD,), -7.0)
+    error = library.llmqat_cuda_quantize(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        rows,
+        columns,
+        bits,
+        bf16_scale,
+        codes.data_ptr() + GUARD,
+        scale.data_ptr() + 4 * GUARD,
+        None,
+    )
+    assert error == 0
+    for guarded, value in ((codes, 85), (scale, -7.0)):
+        assert (guarded[:GUARD] == value).all() and (guarded[-GUARD:] == value).all()
+    return codes[GUARD:-GUARD].view(x.shape), scale[GUARD:-GUARD]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", SHAPES)
+def test_bits_equal_spec(kernel, schedule, dtype, rows, columns):
+    kernel.set_schedule(SCHEDULES[schedule])
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
+    x[-1, columns // 2] = 40.0
+    for bits, bf16_scale in ((8, False), (4, True)):
+        codes, scale = quantize(kernel, x, bits, bf16_scale)
+        want_codes, want_scale = spec.quantize(x, bits, -1, bf16_scale)
+        assert torch.equal(codes, want_codes)
+        assert torch.equal(scale, want_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_rows(kernel, dtype):
+    kernel.set_schedule(SCHEDULES["shuffled"])
+    x = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0] = 0.0
+    x[1, 95] = float("nan")
+    x[2, 0] = -float("inf")
+    x[3] = (torch.arange(96) - 48.5) / 8  # ties at 8 bits once the largest is 127 / 8
+    x[3, 0] = 127 / 8
+    x[4] *= 1e-6 if dtype == torch.float16 else 1e-39
+    x[5] = torch.finfo(dtype).max
+    codes, scale = quantize(kernel, x, 8, False)
+    want_codes, want_scale = spec.quantize(x, 8)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale.isnan(), want_scale.isnan())
+    assert torch.equal(scale.nan_to_num(), want_scale.nan_to_num())
+
+
+def test_unaligned_input_and_empty(kernel):
+    kernel.set_schedule(SCHEDULES["forward"])
+    base = torch.randn(1 + 4 * 64, generator=torch.Generator().manual_seed(3))
+    x = base[1:].view(4, 64)
+    assert x.data_ptr() % 16 != 0
+    codes, scale = quantize(kernel, x, 8, False)
+    want_codes, want_scale = spec.quantize(x, 8)
+    assert torch.equal(codes, want_codes) and torch.equal(scale, want_scale)
+    quantize(kernel, torch.empty(0, 64), 8, False)
+    _, scale = quantize(kernel, torch.empty(3, 0), 8, False)
+    assert scale.tolist() == [1.0, 1.0, 1.0]

@@ -1,0 +1,105 @@
+"""`llmqat generate` on packed, prepared and plain folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmqat import QATConfig, convert, prepare, save_pretrained
+from llmqat.cli import main
+from llmqat.runtime.loading import stop_ids
+from tests.llmqat.tiny import tiny_llama
+from tests.llmqat.tiny_tokenizer import save_tokenizer
+
+
+@pytest.fixture
+def plain(tmp_path):
+    folder = tmp_path / "plain"
+    tiny_llama(1, layers=1, eos_token_id=2).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def command(folder, *options):
+    return main(["generate", "--model", str(folder), "--prompt", "w5 w6 w7", *options])
+
+
+def quantized_folder(tmp_path, plain, stage):
+    model = prepare(tiny_llama(1, layers=1, eos_token_id=2), QATConfig.parse("4-8-8"))
+    if stage == "packed":
+        convert(model)
+    save_pretrained(model, tmp_path / stage, tokenizer=plain)
+    return tmp_path / stage
+
+
+@pytest.mark.parametrize("stage", ["packed", "prepared"])
+def test_quantized_folders(tmp_path, plain, stage, capsys):
+    folder = quantized_folder(tmp_path, plain, stage)
+    assert command(folder, "--max-new-tokens", "6", "--greedy", "--json", "--threads", "1") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kv_bits"] == 8 and result["kv_mode"] == "paper" and result["threads"] == 1
+    assert result["prompt_tokens"] == 3 and result["tokens_per_second"] > 0
+    assert result["weight_bytes"]["linears"] < 30_000 and result["cache_bytes"] > 0
+    model = prepare(tiny_llama(1, layers=1, eos_token_id=2), QATConfig.parse("4-8-8"))
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )
+    words = [f"w{i}" if i > 2 else "</s>" for i in expected[0, 3:].tolist()]
+    assert result["text"].split() == words
+
+
+def test_text_is_streamed_and_figures_go_to_stderr(plain, capsys):
+    assert command(plain, "--max-new-tokens", "4", "--kv-bits", "4", "--kv-mode", "serving") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("w5 w6 w7 ") and len(out.split()) >= 4
+    assert "tok/s" in err and "KV cache 4-bit serving" in err and "MiB" in err
+
+
+def test_seed_decides_the_text(plain, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert command(plain, "--max-new-tokens", "12", "--seed", seed, "--json") == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        (("--max-new-tokens", "0"), "max_new_tokens"),
+        (("--temperature", "0"), "temperature"),
+        (("--top-k", "-1"), "top_k"),
+        (("--kv-bits", "5"), "kv_bits"),
+        (("--kv-mode", "other"), "kv_mode"),
+        (("--dtype", "int4"), "dtype"),
+        (("--device", "cuda:99" if not torch.cuda.is_available() else "tpu"), "device"),
+        (("--prompt", ""), "prompt"),
+        (("--prompt", "w5 " * 512), "prompt"),
+    ],
+)
+def test_errors(plain, capsys, options, word):
+    assert command(plain, *options) == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert word in err[-1] and err[-1].startswith("llmqat generate: ")
+
+
+def test_a_folder_without_tokenizer(tmp_path, capsys):
+    tiny_llama(1, layers=1).save_pretrained(tmp_path)
+    assert command(tmp_path) == 1
+    assert "no tokenizer file" in capsys.readouterr().err
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert command(tmp_path) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_stop_ids():
+    model = tiny_llama(0, layers=1, eos_token_id=2)
+    model.generation_config.eos_token_id = [7, 5]
+    assert stop_ids(model) == (5, 7)
+    model.generation_config.eos_token_id = None
+    assert stop_ids(model) == (2,)
+    model.config.eos_token_id = None
+    assert stop_ids(model) == ()

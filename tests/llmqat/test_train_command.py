@@ -1,0 +1,322 @@
+"""`llmqat train` from folders to a folder: a few steps, kills, refusals in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import llmqat
+import llmqat_kernels as qk
+from llmqat import cli
+from llmqat.convert import state_of
+from llmqat.data import Record, RecordWriter
+from llmqat.errors import ConfigError
+from llmqat.train.arguments import QuantArguments, TrainArguments
+from llmqat.train.metrics import read_metrics
+from tests.llmqat.tiny import random_tokens, tiny_llama
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VOCAB = 128
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    with qk.use_backend("reference"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model folder with a word tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    llmqat.save_pretrained(tiny_llama(tied=True, vocab=VOCAB), folder, tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of generated records."""
+    folder = tmp_path_factory.mktemp("data")
+    with RecordWriter(folder, {"vocab_size": VOCAB}, records=24) as writer:
+        writer.write([Record(i, random_tokens(i, 1, 20)[0].numpy()) for i in range(24)])
+    return folder
+
+
+def _argv(model, data, output, *more):
+    return [
+        "train", "--model", str(model), "--data", str(data), "--output", str(output),
+        "--bits", "4-8-4", "--kv-mode", "serving", "--lr", "1e-3", "--steps", "6",
+        "--batch-size", "2", "--seq-len", "16", "--save-steps", "2", *more,
+    ]  # fmt: skip
+
+
+def _record(output):
+    return json.loads((output / "llmqat_run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(model, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out") / "qat"
+    with qk.use_backend("reference"):
+        assert cli.main(_argv(model, data, output)) == 0
+    return output
+
+
+def test_output_is_a_prepared_checkpoint(trained, model):
+    student, teacher = llmqat.from_pretrained(trained), llmqat.from_pretrained(model)
+    assert state_of(student).config == llmqat.QATConfig.parse("4-8-4", kv_mode="serving")
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(student.state_dict().values(), teacher.state_dict().values(), strict=True)
+    ]
+    assert all(changed)
+    assert (trained / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+def test_record_and_metrics(trained, model):
+    record = _record(trained)
+    assert record["status"] == "complete"
+    assert (record["steps"], record["config"]["kv_mode"]) == (6, "serving")
+    assert record["arguments"]["model"] == str(model)
+    assert record["data"]["tokens"] == 24 * 20 // 16 * 16
+    assert {"torch", "transformers", "spec"} <= record["versions"].keys()
+    entries = read_metrics(trained / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == list(range(1, 7))
+    assert record["loss"] == {"first": entries[0]["loss"], "last": entries[-1]["loss"]}
+    assert len((trained / "training_curve.csv").read_text().splitlines()) == 7
+    # The two newest checkpoints, and tensorboard's event file.
+    assert sorted(p.name for p in trained.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert list(trained.glob("runs/*/events.out.tfevents*"))
+
+
+def test_health_reaches_tensorboard(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = trained.glob("runs/*")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    flips = [(e.step, e.value) for e in events.Scalars("train/health/flipped")]
+    expected = [
+        (entry["step"], entry["health/flipped"])
+        for entry in read_metrics(trained / "metrics.jsonl")
+        if "health/flipped" in entry
+    ]
+    assert [step for step, _ in flips] == [2, 4, 6]
+    assert flips == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def test_a_complete_run_is_left_alone(trained, model, data, capsys):
+    before = (trained / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(_argv(model, data, trained)) == 1
+    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert cli.main(_argv(model, data, trained, "--resume")) == 0
+    assert (trained / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_killed_process_resumes_to_the_same_model(trained, model, data, tmp_path):
+    """SIGKILL once the first checkpoint is complete, wherever the process is then."""
+    output = tmp_path / "qat"
+    code = "import sys, torch; torch.set_num_threads(1); import llmqat_kernels as qk; "
+    code += "qk.use_backend('reference'); from llmqat.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *_argv(model, data, output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (output / "checkpoint-2" / "llmqat_complete.json").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert cli.main(_argv(model, data, output, "--resume")) == 0
+    assert _record(output)["status"] == "complete"
+    final, whole = ((o / "model.safetensors").read_bytes() for o in (output, trained))
+    assert final == whole
+    losses = [[e["loss"] for e in read_metrics(o / "metrics.jsonl")] for o in (output, trained)]
+    assert losses[0] == losses[1]
+
+
+def test_interruption_before_anything_is_saved(model, data, tmp_path, monkeypatch):
+    output = tmp_path / "qat"
+    monkeypatch.setattr(llmqat.train.run.QATTrainer, "train", _interrupt)
+    assert cli.main(_argv(model, data, output)) == 130
+    monkeypatch.undo()
+    assert cli.main(_argv(model, data, output, "--resume")) == 0
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_text_file_and_recipe(model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % VOCAB}" for i in range(200)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"bits: 4-8-8\nmodel: {model}\ndata: {text}\nseq_len: 16\nsteps: 2\nlr: 1e-3\n"
+        "gradient_checkpointing: true\ndtype: bfloat16\nhealth_steps: 0\nloss: label+logits\n"
+    )
+    output = tmp_path / "out"
+    argv = ["train", "--config", str(recipe), "--output", str(output), "--kv-bits", "4"]
+    assert cli.main([*argv, "--a-bits", "6", "--w-bits", "8"]) == 0
+    assert "trained 8-6-4 (paper): 2 steps" in capsys.readouterr().err
+    model = llmqat.from_pretrained(output)
+    assert model.dtype == torch.float32
+    assert state_of(model).config.setting == "8-6-4"
+
+
+def test_another_teacher(model, data, tmp_path):
+    """With a teacher equal to the student but for its seed, the first loss is another one."""
+    other = tmp_path / "other"
+    llmqat.save_pretrained(tiny_llama(seed=5, tied=True, vocab=VOCAB), other)
+    firsts = []
+    for teacher in (model, other):
+        output = tmp_path / f"out-{teacher.name}"
+        argv = _argv(model, data, output, "--teacher", str(teacher), "--steps", "1")
+        assert cli.main(argv) == 0
+        firsts.append(_record(output)["loss"]["first"])
+    assert abs(firsts[0] - firsts[1]) > 0.1
+
+
+BAD = [
+    (("--bits", "4-8"), "bits: '4-8' is not a W-A-KV setting"),
+    (("--bits", "4-8-9"), "kv_bits: 9 is not supported"),
+    (("--kv-mode", "fast"), "kv_mode: 'fast' is not supported; use paper or serving"),
+    (("--loss", "hidden"), "loss: 'hidden' is unknown"),
+    (("--dtype", "float16"), "--dtype: 'float16' is not supported; use float32, bfloat16"),
+    (("--device", "tpu"), "device: 'tpu'"),
+    (("--batch-size", "0"), "--batch-size: 0 is not supported; use an integer of at least 1"),
+    (("--lr", "nan"), "--lr: nan is not supported"),
+    (("--lr", "0"), "0 trains nothing"),
+    (("--seq-len", "4096"), "--seq-len: the model has 512 positions"),
+    (("--seq-len", "500"), "less than one block"),
+    (("--group-size", "7"), "group_size: 7 does not divide"),
+    (("--threads", "0"), "threads: 0"),
+    (("--model", "nowhere"), "nowhere is not a folder"),
+    (("--data", "nowhere.txt"), "nowhere.txt does not exist"),
+    (("--teacher", "nowhere"), "nowhere is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_arguments_are_one_line(model, data, tmp_path, capsys, change, message):
+    argv = _argv(model, data, tmp_path / "out", *change)
+    data_argument = dict(zip(argv[1::2], argv[2::2], strict=False))["--data"]
+    if data_argument == str(data) and change == ("--seq-len", "500"):
+        argv[argv.index("--data") + 1] = str(_short(tmp_path))
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out" / "llmqat_run.json").exists()
+
+
+def _short(folder):
+    path = folder / "short.jsonl"
+    path.write_text(json.dumps({"input_ids": list(range(1, 100))}) + "\n")
+    return path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_that_is_not_there(model, data, tmp_path, capsys):
+    assert cli.main(_argv(model, data, tmp_path / "out", "--device", "cuda")) == 1
+    assert "has no CUDA; use cpu" in capsys.readouterr().err
+
+
+def test_bits_are_required(model, data, tmp_path, capsys):
+    argv = ["--model", str(model), "--data", str(data), "--output", str(tmp_path)]
+    assert cli.main(["train", *argv]) == 1
+    assert "--bits: say what to quantize" in capsys.readouterr().err
+    assert cli.main(["train", *argv, "--w-bits", "4"]) == 1
+    assert "--a-bits, --kv-bits neither" in capsys.readouterr().err
+
+
+def test_a_prepared_model_is_no_start(trained, data, tmp_path, capsys):
+    assert cli.main(_argv(trained, data, tmp_path / "out")) == 1
+    assert "is prepared (4-8-4); name a full-precision model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--lr", "2e-3"), "--lr: 0.002, but the run"),
+        (("--bits", "4-8-8"), "--kv-bits: 8, but the run"),
+        (("--seed", "1"), "--seed: 1, but the run"),
+    ],
+)
+def test_resume_with_other_options(trained, model, data, capsys, change, message):
+    assert cli.main(_argv(model, data, trained, "--resume", *change)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_or_missing_record(model, data, tmp_path, capsys):
+    (tmp_path / "llmqat_run.json").write_text("{")
+    assert cli.main(_argv(model, data, tmp_path, "--resume")) == 1
+    assert "llmqat_run.json is damaged" in capsys.readouterr().err
+    (tmp_path / "llmqat_run.json").unlink()
+    (tmp_path / "checkpoint-2").mkdir()
+    assert cli.main(_argv(model, data, tmp_path, "--resume")) == 1
+    assert "has checkpoints but no llmqat_run.json" in capsys.readouterr().err
+
+
+def test_changed_data(model, tmp_path, capsys):
+    data = _short(tmp_path)
+    output = tmp_path / "out"
+    assert cli.main(_argv(model, data, output, "--steps", "1")) == 0
+    record = _record(output)
+    (output / "llmqat_run.json").write_text(json.dumps({**record, "status": "running"}))
+    data.write_text(json.dumps({"input_ids": list(range(2, 100))}) + "\n")
+    assert cli.main(_argv(model, data, output, "--steps", "1", "--resume")) == 1
+    assert "has changed since the run began" in capsys.readouterr().err
+
+
+def test_locked_output(model, data, tmp_path, capsys):
+    from llmqat.io import Lock
+
+    with Lock(tmp_path / ".llmqat-train.lock"):
+        assert cli.main(_argv(model, data, tmp_path)) == 1
+    assert "being written by process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_parse(path):
+    required = ["--model", "m", "--data", "d", "--output", "o"]
+    types = (TrainArguments, QuantArguments)
+    train, quantization = cli.parse_arguments("train", types, ["--config", str(path), *required])
+    fields = yaml.safe_load(path.read_text())
+    config = quantization.to_config()
+    assert config.setting == fields["bits"]
+    assert train.lr == fields["lr"]
+    if path.stem.startswith("w"):
+        bits = (config.w_bits, config.a_bits, config.kv_bits)
+        assert path.stem == "w{}a{}kv{}".format(*bits)
+        assert (train.lr, train.epochs, train.seq_len, config.kv_mode) == (2e-5, 1, 2048, "paper")
+        assert train.batch_size * train.grad_accum == 8
+
+
+def test_defaults_are_the_papers():
+    arguments = TrainArguments("m", "d", "o")
+    assert (arguments.lr, arguments.weight_decay, arguments.warmup_steps) == (2e-5, 0, 0)
+    assert (arguments.epochs, arguments.max_grad_norm, arguments.seed) == (1, 1, 42)
+    assert (arguments.loss, arguments.seq_len, arguments.batch_size) == ("logits", 2048, 1)
+
+
+def test_quantization_options():
+    assert QuantArguments().to_config() is None
+    config = QuantArguments(bits="4-8-4", kv_bits=8, ste_clip=2.0, group_size=32).to_config()
+    assert (config.setting, config.ste_clip, config.group_size) == ("4-8-8", 2.0, 32)
+    assert QuantArguments(w_bits=4, a_bits=8, kv_bits=16).to_config().setting == "4-8-16"
+    with pytest.raises(ConfigError, match="--bits: not given"):
+        QuantArguments(kv_mode="serving").to_config()
