@@ -93,7 +93,7 @@ def convert(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
         config.check_packable()
     family = find_family(model)
     for name, _, module in iter_linears(model, family):
-        if not bool(torch.isfinite(module.weight).all()):  # type: ignore[arg-type]
+        if not bool(torch.isfinite(module.weight).all()):
             raise ConfigError(
                 f"{name}: weight has NaN or infinite values; such a layer cannot be converted"
             )
@@ -107,7 +107,7 @@ def convert(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
             )
         model.set_submodule(name, QuantizedLinear.from_qat(module))
     _set_state(model, State(PACKED, config))
-    model.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
+    model.save_pretrained = _refuse_plain_save
     return model
 
 
@@ -130,7 +130,7 @@ def swap_empty(model: nn.Module, config: QATConfig, bias_dtypes: Mapping[str, to
             model.set_submodule(name, linear.train(module.training))
     _enable_serving_kv(model, family, config)
     _set_state(model, State(PACKED, config))
-    model.save_pretrained = _refuse_plain_save  # type: ignore[assignment]
+    model.save_pretrained = _refuse_plain_save
 
 
 def _refuse_changed(model: nn.Module) -> None:
@@ -164,7 +164,7 @@ def _enable_serving_kv(model: nn.Module, family: Family, config: QATConfig) -> N
 
 def _set_state(model: nn.Module, state: State) -> None:
     setattr(model, STATE_ATTRIBUTE, state)
-    model.config.llmqat = state.to_dict()  # type: ignore[union-attr]
+    model.config.llmqat = state.to_dict()
 
 
 def _refuse_plain_save(*_: object, **__: object) -> NoReturn:

@@ -139,7 +139,7 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
         return "has no weights"
     if isinstance(module, nn.Embedding):
         return "embeddings stay in full precision"
-    if module is model.get_output_embeddings():  # type: ignore[operator]
+    if module is model.get_output_embeddings():
         return "the head stays in full precision"
     if "norm" in name.rpartition(".")[2]:
         return "norms stay in full precision"

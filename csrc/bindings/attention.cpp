@@ -32,15 +32,16 @@ void check_scale(const Tensor& scale, const Cache& cache, const char* name) {
   }
 }
 
-Cache check_cache(const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_codes, const Tensor& v_scale,
-                  int64_t head_dim, int64_t bits, bool pre_rope) {
+Cache check_cache(const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_codes,
+                  const Tensor& v_scale, int64_t head_dim, int64_t bits, bool pre_rope) {
   const bool quantized = bits != 16 && bits != 32;
   if (quantized) check_bits(bits, "bits");
   check_cpu(k_codes, "k_codes");
   check_cpu(v_codes, "v_codes");
   check_dim(k_codes, 4, "k_codes");
   const bool packed = k_codes.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % 2 == 0, "head_dim: expected an even size, got ", head_dim);
+  STD_TORCH_CHECK(head_dim > 0 && head_dim % 2 == 0, "head_dim: expected an even size, got ",
+                  head_dim);
   if (!quantized) {
     check_float_dtype(k_codes.scalar_type(), "k_codes");
   } else if (packed) {
@@ -48,9 +49,16 @@ Cache check_cache(const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_
   } else {
     check_dtype(k_codes, ScalarType::Char, "k_codes");
   }
-  const Cache cache{k_codes.size(0), k_codes.size(1),        k_codes.size(2), head_dim,
-                    packed ? head_dim / 2 : head_dim, static_cast<int>(bits), quantized,       pre_rope};
-  for (const auto& [codes, name] : {std::pair{&k_codes, "k_codes"}, std::pair{&v_codes, "v_codes"}}) {
+  const Cache cache{k_codes.size(0),
+                    k_codes.size(1),
+                    k_codes.size(2),
+                    head_dim,
+                    packed ? head_dim / 2 : head_dim,
+                    static_cast<int>(bits),
+                    quantized,
+                    pre_rope};
+  for (const auto& [codes, name] :
+       {std::pair{&k_codes, "k_codes"}, std::pair{&v_codes, "v_codes"}}) {
     check_dtype(*codes, k_codes.scalar_type(), name);
     check_shape(*codes, {cache.slots, cache.heads, cache.tokens, cache.row}, name);
     check_contiguous(*codes, name);
@@ -61,7 +69,8 @@ Cache check_cache(const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_
 }
 
 // int64 [n] with values in [0, limit), or [0, limit] where the limit itself is allowed.
-Tensor check_indices(const Tensor& index_, int64_t n, int64_t limit, bool inclusive, const char* name) {
+Tensor check_indices(const Tensor& index_, int64_t n, int64_t limit, bool inclusive,
+                     const char* name) {
   check_cpu(index_, name);
   check_dtype(index_, ScalarType::Long, name);
   check_shape(index_, {n}, name);
@@ -79,7 +88,8 @@ Tensor check_table(const Tensor& table, int64_t rows, int64_t half, const char* 
   check_cpu(table, name);
   check_dtype(table, ScalarType::Float, name);
   check_shape(table, {-1, half}, name);
-  STD_TORCH_CHECK(table.size(0) >= rows, name, ": expected at least ", rows, " rows, got ", table.size(0));
+  STD_TORCH_CHECK(table.size(0) >= rows, name, ": expected at least ", rows, " rows, got ",
+                  table.size(0));
   return as_contiguous(table);
 }
 
@@ -101,7 +111,8 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Tens
     parallel_rows(n, row * 2 * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t at = data<int64_t>(positions)[i] * (dim / 2);
-        cpu::rope_heads(from + i * row, heads, dim, data<float>(cos) + at, data<float>(sin) + at, to + i * row);
+        cpu::rope_heads(from + i * row, heads, dim, data<float>(cos) + at, data<float>(sin) + at,
+                        to + i * row);
       }
     });
   });
@@ -110,10 +121,11 @@ Tensor rope(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Tens
 
 // Writes one token of K or V, heads x head_dim values of T, to (slot, position) of the cache.
 template <class T>
-void write_token(const Cache& cache, const T* x, int64_t slot, int64_t position, const Tensor& codes_cache,
-                 const Tensor& scale_cache, int8_t* codes) {
+void write_token(const Cache& cache, const T* x, int64_t slot, int64_t position,
+                 const Tensor& codes_cache, const Tensor& scale_cache, int8_t* codes) {
   const int64_t d = cache.head_dim;
-  const int64_t rows = cache.per_token ? 1 : cache.heads, length = cache.per_token ? cache.heads * d : d;
+  const int64_t rows = cache.per_token ? 1 : cache.heads,
+                length = cache.per_token ? cache.heads * d : d;
   float* scale = mutable_data<float>(scale_cache);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (cache.per_token ? slot : slot * cache.heads + r) * cache.tokens + position;
@@ -130,20 +142,23 @@ void write_token(const Cache& cache, const T* x, int64_t slot, int64_t position,
 }
 
 template <class T>
-void write_float_token(const Cache& cache, const T* x, int64_t slot, int64_t position, const Tensor& target) {
+void write_float_token(const Cache& cache, const T* x, int64_t slot, int64_t position,
+                       const Tensor& target) {
   dispatch_float(target.scalar_type(), "k_codes", [&](auto tag) {
     using C = decltype(tag);
     for (int64_t h = 0; h < cache.heads; ++h) {
-      C* to = mutable_data<C>(target) + ((slot * cache.heads + h) * cache.tokens + position) * cache.row;
+      C* to = mutable_data<C>(target) +
+              ((slot * cache.heads + h) * cache.tokens + position) * cache.row;
       const T* from = x + h * cache.head_dim;
       for (int64_t i = 0; i < cache.head_dim; ++i) to[i] = from_float<C>(to_float(from[i]));
     }
   });
 }
 
-void rope_quantize_append(const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor& sin_,
-                          Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, const Tensor& slots_,
-                          const Tensor& positions_, int64_t bits, bool pre_rope) {
+void rope_quantize_append(const Tensor& k_, const Tensor& v_, const Tensor& cos_,
+                          const Tensor& sin_, Tensor k_codes, Tensor k_scale, Tensor v_codes,
+                          Tensor v_scale, const Tensor& slots_, const Tensor& positions_,
+                          int64_t bits, bool pre_rope) {
   check_cpu(k_, "k");
   check_cpu(v_, "v");
   check_dim(k_, 3, "k");
@@ -174,7 +189,8 @@ void rope_quantize_append(const Tensor& k_, const Tensor& v_, const Tensor& cos_
         const T* value = data<T>(v) + i * row;
         if (rotates) {
           const int64_t at = position * (dim / 2);
-          cpu::rope_heads(key, cache.heads, dim, data<float>(cos) + at, data<float>(sin) + at, rotated.get());
+          cpu::rope_heads(key, cache.heads, dim, data<float>(cos) + at, data<float>(sin) + at,
+                          rotated.get());
           key = rotated.get();
         }
         if (cache.quantized) {
@@ -201,16 +217,18 @@ std::vector<Tile> make_tiles(const int64_t* slots, int64_t n, int64_t group) {
   for (int64_t i = 0; i < n;) {
     int64_t count = 1;
     while (count < most && i + count < n && slots[i + count] == slots[i]) ++count;
-    for (int64_t h = 0; h < group; h += heads) tiles.push_back({i, count, h, std::min(heads, group - h)});
+    for (int64_t h = 0; h < group; h += heads)
+      tiles.push_back({i, count, h, std::min(heads, group - h)});
     i += count;
   }
   return tiles;
 }
 
 template <class T, class C>
-void run_attention(const Cache& cache, const Tensor& q, const Tensor& k_codes, const Tensor& k_scale,
-                   const Tensor& v_codes, const Tensor& v_scale, const float* cos, const float* sin,
-                   const int64_t* slots, const int64_t* lengths, float scaling, const Tensor& out) {
+void run_attention(const Cache& cache, const Tensor& q, const Tensor& k_codes,
+                   const Tensor& k_scale, const Tensor& v_codes, const Tensor& v_scale,
+                   const float* cos, const float* sin, const int64_t* slots, const int64_t* lengths,
+                   float scaling, const Tensor& out) {
   const int64_t n = q.size(0), heads = q.size(1), d = cache.head_dim, group = heads / cache.heads;
   const std::vector<Tile> tiles = make_tiles(slots, n, group);
   const int64_t longest = n == 0 ? 0 : *std::max_element(lengths, lengths + n);
@@ -239,14 +257,16 @@ void run_attention(const Cache& cache, const Tensor& q, const Tensor& k_codes, c
                                       sin,
                                       d,
                                       cache.row};
-      cpu::attend(cached, data<T>(q), offsets, own, rows, scaling, mutable_data<T>(out), scratch.get());
+      cpu::attend(cached, data<T>(q), offsets, own, rows, scaling, mutable_data<T>(out),
+                  scratch.get());
     }
   });
 }
 
-Tensor attention_decode(const Tensor& q_, const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_codes,
-                        const Tensor& v_scale, const Tensor& cos_, const Tensor& sin_, const Tensor& slots_,
-                        const Tensor& lengths_, double scaling, int64_t bits, bool pre_rope) {
+Tensor attention_decode(const Tensor& q_, const Tensor& k_codes, const Tensor& k_scale,
+                        const Tensor& v_codes, const Tensor& v_scale, const Tensor& cos_,
+                        const Tensor& sin_, const Tensor& slots_, const Tensor& lengths_,
+                        double scaling, int64_t bits, bool pre_rope) {
   check_cpu(q_, "q");
   check_dim(q_, 3, "q");
   const int64_t n = q_.size(0), d = q_.size(2);
@@ -266,10 +286,10 @@ Tensor attention_decode(const Tensor& q_, const Tensor& k_codes, const Tensor& k
   dispatch_float(q.scalar_type(), "q", [&](auto tag) {
     using T = decltype(tag);
     const auto run = [&](auto cache_tag) {
-      run_attention<T, decltype(cache_tag)>(cache, q, k_codes, k_scale, v_codes, v_scale,
-                                            rotates ? data<float>(cos) : nullptr,
-                                            rotates ? data<float>(sin) : nullptr, data<int64_t>(slots), length,
-                                            static_cast<float>(scaling), out);
+      run_attention<T, decltype(cache_tag)>(
+          cache, q, k_codes, k_scale, v_codes, v_scale, rotates ? data<float>(cos) : nullptr,
+          rotates ? data<float>(sin) : nullptr, data<int64_t>(slots), length,
+          static_cast<float>(scaling), out);
     };
     switch (k_codes.scalar_type()) {
       case ScalarType::Char: return run(int8_t{});
@@ -285,10 +305,16 @@ Tensor attention_decode(const Tensor& q_, const Tensor& k_codes, const Tensor& k
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
   m.def("rope(Tensor x, Tensor cos, Tensor sin, Tensor positions) -> Tensor");
-  m.def("rope_quantize_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_codes, Tensor(b!) k_scale,"
-        " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor slots, Tensor positions, int bits, bool pre_rope) -> ()");
-  m.def("attention_decode(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, Tensor cos,"
-        " Tensor sin, Tensor slots, Tensor lengths, float scaling, int bits, bool pre_rope) -> Tensor");
+  m.def(
+      "rope_quantize_append(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_codes, "
+      "Tensor(b!) k_scale,"
+      " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor slots, Tensor positions, int bits, bool "
+      "pre_rope) -> ()");
+  m.def(
+      "attention_decode(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, "
+      "Tensor cos,"
+      " Tensor sin, Tensor slots, Tensor lengths, float scaling, int bits, bool pre_rope) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {

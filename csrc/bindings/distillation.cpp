@@ -44,8 +44,8 @@ void check_valid(const std::optional<Tensor>& valid, int64_t tokens) {
 }
 
 // In place on student_logits; the private twin of spec/distillation.py's function of this name.
-Tensor soft_cross_entropy(Tensor student_logits, const Tensor& teacher_logits_, std::optional<Tensor> valid_,
-                          double inv_n) {
+Tensor soft_cross_entropy(Tensor student_logits, const Tensor& teacher_logits_,
+                          std::optional<Tensor> valid_, double inv_n) {
   check_cpu(student_logits, "student_logits");
   check_cpu(teacher_logits_, "teacher_logits");
   check_dim(student_logits, 2, "student_logits");
@@ -58,8 +58,8 @@ Tensor soft_cross_entropy(Tensor student_logits, const Tensor& teacher_logits_, 
   STD_TORCH_CHECK(vocabulary > 0, "student_logits: the vocabulary is empty");
   const Tensor teacher_logits = as_contiguous(teacher_logits_);
   const Tensor valid = valid_ ? as_contiguous(*valid_) : student_logits;
-  const double loss = chunk_loss(student_logits, teacher_logits, valid_ ? data<bool>(valid) : nullptr,
-                                 static_cast<float>(inv_n));
+  const double loss = chunk_loss(student_logits, teacher_logits,
+                                 valid_ ? data<bool>(valid) : nullptr, static_cast<float>(inv_n));
   return scalar_like(student_logits, loss);
 }
 
@@ -83,9 +83,9 @@ void add_to(const Tensor& total, const Tensor& part_) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> distillation_loss(const Tensor& student_hidden, const Tensor& student_head,
-                                                     const Tensor& teacher_hidden, const Tensor& teacher_head,
-                                                     std::optional<Tensor> valid_, int64_t chunk_size) {
+std::tuple<Tensor, Tensor, Tensor> distillation_loss(
+    const Tensor& student_hidden, const Tensor& student_head, const Tensor& teacher_hidden,
+    const Tensor& teacher_head, std::optional<Tensor> valid_, int64_t chunk_size) {
   const std::pair<const Tensor*, const char*> inputs[] = {{&student_hidden, "student_hidden"},
                                                           {&student_head, "student_head"},
                                                           {&teacher_hidden, "teacher_hidden"},
@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss(const Tensor& student_hidde
   const int64_t count = mask ? std::count(mask, mask + tokens, true) : tokens;
   const ScalarType dtype = student_hidden.scalar_type();
   const Tensor grad_hidden = torch::stable::new_zeros(student_hidden, student_hidden.sizes());
-  Tensor grad_head = torch::stable::new_zeros(student_head, student_head.sizes(), ScalarType::Float);
+  Tensor grad_head =
+      torch::stable::new_zeros(student_head, student_head.sizes(), ScalarType::Float);
   double loss = 0.0;
   for (int64_t start = 0; count > 0 && start < tokens; start += chunk_size) {
     const int64_t rows = std::min(chunk_size, tokens - start);
@@ -130,10 +131,13 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss(const Tensor& student_hidde
 }  // namespace llmqat::bindings
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
-  m.def("soft_cross_entropy(Tensor(a!) student_logits, Tensor teacher_logits, Tensor? valid, float inv_n)"
-        " -> Tensor");
-  m.def("distillation_loss(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden,"
-        " Tensor teacher_head, Tensor? valid=None, int chunk_size=1024) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "soft_cross_entropy(Tensor(a!) student_logits, Tensor teacher_logits, Tensor? valid, float "
+      "inv_n)"
+      " -> Tensor");
+  m.def(
+      "distillation_loss(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden,"
+      " Tensor teacher_head, Tensor? valid=None, int chunk_size=1024) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {

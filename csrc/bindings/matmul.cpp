@@ -1,6 +1,6 @@
 // Bindings of the matrix operators: int_matmul, quantized_matmul, quantized_linear, qat_linear,
-// repack_weight, repacked_matmul, float_matmul. Shapes and meaning: llmqat_kernels/schemas.py, spec
-// 7, 8, 17.
+// repack_weight, repacked_matmul, float_matmul. Shapes and meaning: llmqat_kernels/schemas.py;
+// docs/spec.md 7, 8 and 17.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -11,15 +11,15 @@
 #include "cpu/float_matmul.h"
 #include "cpu/quantized_matmul.h"
 #include "cpu/rows.h"
+#include "matmul_weights.h"
 
 namespace llmqat::bindings {
 namespace {
 
-using cpu::Layout;
 using cpu::OutType;
 
-constexpr int64_t kRowsPerPart =
-    48;  // four tiles: enough to pay for a second pass over the weights
+// Four tiles: enough to pay for a second pass over the weights.
+constexpr int64_t kRowsPerPart = 48;
 
 // Uninitialized, contiguous, on the CPU. The shim call goes past the dispatcher: a decode step
 // makes some hundred outputs of a few KiB, and the boxed aten::new_empty costs more than a small
@@ -102,71 +102,7 @@ void run_parallel(const Matmul& matmul, int64_t rows, int64_t panel_bytes) {
   });
 }
 
-// ---- weights
-// --------------------------------------------------------------------------------------
-
-struct Weight {
-  Tensor keep;
-  Layout layout;
-  int64_t n;
-  const void* bytes;
-};
-
-// Row-major codes or nibbles with k columns.
-Weight row_major(const Tensor& w, int64_t w_bits, int64_t k) {
-  check_cpu(w, "w");
-  check_dim(w, 2, "w");
-  check_bits(w_bits, "w_bits");
-  const Tensor held = as_contiguous(w);
-  if (w.scalar_type() == ScalarType::Byte) {
-    STD_TORCH_CHECK(w_bits == 4, "w: packed uint8 weights have w_bits 4, got ", w_bits);
-    check_shape(w, {-1, cpu::ceil_div(k, 2)}, "w");
-    return {held, Layout::nibbles, w.size(0), held.const_data_ptr()};
-  }
-  check_dtype(w, ScalarType::Char, "w");
-  check_shape(w, {-1, k}, "w");
-  return {held, Layout::codes, w.size(0), held.const_data_ptr()};
-}
-
-cpu::PackedHeader packed_header(const Tensor& packed) {
-  check_cpu(packed, "w");
-  check_dtype(packed, ScalarType::Byte, "w");
-  check_dim(packed, 1, "w");
-  cpu::PackedHeader header;
-  STD_TORCH_CHECK(cpu::read_header(packed.const_data_ptr(), packed.numel(), header),
-                  "w: not a weight made by repack_weight; call repack_weight first");
-  return header;
-}
-
-Weight repacked(const Tensor& w, int64_t w_bits, int64_t n, int64_t k) {
-  check_bits(w_bits, "w_bits");
-  const Tensor held = as_contiguous(w);
-  const cpu::PackedHeader header = packed_header(held);
-  const Layout expected = w_bits <= 4 ? Layout::panels4 : Layout::panels8;
-  STD_TORCH_CHECK(header.layout == expected, "w: repacked for another bit width than w_bits ",
-                  w_bits, "; call repack_weight with it");
-  STD_TORCH_CHECK(header.n == n, "n: the repacked weight has ", header.n, " rows, got ", n);
-  // Nibbles do not tell an odd K: repack_weight saw one column more, whose code is 0.
-  STD_TORCH_CHECK(header.k == k || (header.k == k + 1 && k % 2 != 0 && expected == Layout::panels4),
-                  "w: repacked for K = ", header.k, ", but a has K = ", k);
-  return {held, expected, n, static_cast<const char*>(held.const_data_ptr()) + cpu::kHeaderBytes};
-}
-
-// The scale of a weight: [N], or [N, groups].
-Tensor weight_scale(const Tensor& w_scale, int64_t n, int64_t k, int64_t group_size) {
-  check_cpu(w_scale, "w_scale");
-  check_dtype(w_scale, ScalarType::Float, "w_scale");
-  check_group_size(group_size, k, "group_size");
-  if (group_size == -1) {
-    check_shape(w_scale, {n}, "w_scale");
-  } else {
-    check_shape(w_scale, {n, k / group_size}, "w_scale");
-  }
-  return as_contiguous(w_scale);
-}
-
-// ---- integer products
-// -----------------------------------------------------------------------------
+// ---- integer products ---------------------------------------------------------------------------
 
 struct Rows {
   int64_t m, k;
@@ -310,8 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> qat_linear(const Tensor& x, const Tensor& wei
           scale};
 }
 
-// ---- layouts
-// --------------------------------------------------------------------------------------
+// ---- layouts ------------------------------------------------------------------------------------
 
 Tensor new_packed(Layout layout, int64_t n, int64_t k) {
   Tensor packed = empty_cpu({cpu::packed_bytes(layout, n, k)}, ScalarType::Byte);

@@ -1,4 +1,5 @@
-// Producers of quantized rows: RMSNorm and SiLU * up, alone, fused with quantization, and for training.
+// Producers of quantized rows: RMSNorm and SiLU * up, alone, fused with quantization, and for
+// training.
 #include "cpu/norm.h"
 
 #include <memory>
@@ -34,11 +35,13 @@ int64_t row_count(const Tensor& x) {
   return count;
 }
 
-// Runs make_row(r, y) for each row and quantizes y where codes are wanted; y lies in the output or in a
-// buffer of the task. make_task() gives make_row its own scratch.
+// Runs make_row(r, y) for each row and quantizes y where codes are wanted; y lies in the output or
+// in a buffer of the task. make_task() gives make_row its own scratch.
 template <class T, class MakeTask>
-void produce_rows(const Outputs& out, int64_t rows, int64_t n, int bits, const MakeTask& make_task) {
-  const bool keeps = out.y.has_value(), quantizes = out.codes.has_value();  // data of empty rows is null
+void produce_rows(const Outputs& out, int64_t rows, int64_t n, int bits,
+                  const MakeTask& make_task) {
+  const bool keeps = out.y.has_value(),
+             quantizes = out.codes.has_value();  // data of empty rows is null
   T* y = keeps ? mutable_data<T>(*out.y) : nullptr;
   int8_t* codes = quantizes ? mutable_data<int8_t>(*out.codes) : nullptr;
   float* scale = quantizes ? mutable_data<float>(*out.scale) : nullptr;
@@ -81,7 +84,8 @@ std::optional<Tensor> run_norm(const Tensor& x_, const Tensor& weight, double ep
     const T* add = adds ? data<T>(residual) : nullptr;
     T* sum = adds ? mutable_data<T>(*total) : nullptr;
     produce_rows<T>(out, row_count(x), n, static_cast<int>(bits), [&] {
-      const std::shared_ptr<float[]> scratch(new float[static_cast<size_t>(cpu::rms_norm_scratch(n))]);
+      const std::shared_ptr<float[]> scratch(
+          new float[static_cast<size_t>(cpu::rms_norm_scratch(n))]);
       return [=](int64_t r, T* to) {
         const int64_t at = r * n;
         cpu::rms_norm_row(from + at, add ? add + at : nullptr, weights, n, static_cast<float>(eps),
@@ -108,8 +112,9 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return *out.y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tensor& weight, double eps,
-                                                     int64_t bits, std::optional<Tensor> residual) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tensor& weight,
+                                                     double eps, int64_t bits,
+                                                     std::optional<Tensor> residual) {
   check_norm(x, weight);
   check_bits(bits, "bits");
   if (residual) {
@@ -122,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tens
   return {*out.codes, *out.scale, total ? *total : new_empty(x, {0}, x.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_train(const Tensor& x, const Tensor& weight, double eps,
-                                                           int64_t bits) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_train(const Tensor& x, const Tensor& weight,
+                                                           double eps, int64_t bits) {
   check_norm(x, weight);
   check_bits(bits, "bits");
   const Outputs out = make_outputs(x, true, true);
@@ -168,7 +173,8 @@ std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& u
   return {*out.codes, *out.scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor> silu_mul_quantize_train(const Tensor& gate, const Tensor& up, int64_t bits) {
+std::tuple<Tensor, Tensor, Tensor> silu_mul_quantize_train(const Tensor& gate, const Tensor& up,
+                                                           int64_t bits) {
   check_silu(gate, up);
   check_bits(bits, "bits");
   const Outputs out = make_outputs(gate, true, true);
@@ -181,9 +187,12 @@ std::tuple<Tensor, Tensor, Tensor> silu_mul_quantize_train(const Tensor& gate, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("rms_norm_quantize(Tensor x, Tensor weight, float eps, int bits, Tensor? residual=None)"
-        " -> (Tensor, Tensor, Tensor)");
-  m.def("rms_norm_quantize_train(Tensor x, Tensor weight, float eps, int bits) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor weight, float eps, int bits, Tensor? residual=None)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rms_norm_quantize_train(Tensor x, Tensor weight, float eps, int bits) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_quantize(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor)");
   m.def("silu_mul_quantize_train(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor, Tensor)");

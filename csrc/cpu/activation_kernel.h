@@ -1,4 +1,5 @@
-// The SiLU row, written once; activation.cpp compiles it per instruction set. No include guard on purpose.
+// The SiLU row, written once; activation.cpp compiles it per instruction set. No include guard on
+// purpose.
 
 template <class T>
 LLMQAT_SIMD void silu_mul_row(const T* gate, const T* up, int64_t n, T* y) {

@@ -1,15 +1,19 @@
 // Attention over one head of the KV cache: decode steps and prefill.
 //
-// Math:     spec 9. s_t = k_scale_t * (scaling * q . k_t), online softmax, y = sum_t (p_t * v_scale_t) v_t / sum_t p_t.
-// Shapes:   up to 32 (query, head) rows that read the same cached head: the query heads of a GQA group, and
-//           the queries of one slot in a prefill. Any even head_dim; multiples of 16 (32 rotated) run whole vectors.
+// Math:     spec 9. s_t = k_scale_t * (scaling * q . k_t), online softmax, y = sum_t (p_t *
+// v_scale_t) v_t / sum_t p_t. Shapes:   up to 32 (query, head) rows that read the same cached head:
+// the query heads of a GQA group, and
+//           the queries of one slot in a prefill. Any even head_dim; multiples of 16 (32 rotated)
+//           run whole vectors.
 // Dtypes:   q and out fp32, bf16, fp16; cache int8, packed int4, fp32, bf16, fp16; fp32 arithmetic.
-// Tiling:   blocks of 64 tokens: K and V as fp32 rows (2 x 16 KiB at head_dim 64) and the scores stay in L1;
-//           groups of 4 rows share each loaded vector, 4 x 4 accumulators fill half of the registers.
-// Cost:     head_dim 64, 3 heads a group, int8: about 40 cycles a token and KV head; bound by FMA and conversion.
-// Numerics: 2x rule. A row's arithmetic does not depend on the other rows, so neither do its bits.
-// Edges:    length 0 gives 0; a NaN scale within the length gives NaN; nothing past a length is read into a result.
-// Limits:   offsets and lengths were checked by the binding.
+// Tiling:   blocks of 64 tokens: K and V as fp32 rows (2 x 16 KiB at head_dim 64) and the scores
+// stay in L1;
+//           groups of 4 rows share each loaded vector, 4 x 4 accumulators fill half of the
+//           registers.
+// Cost:     head_dim 64, 3 heads a group, int8: about 40 cycles a token and KV head; bound by FMA
+// and conversion. Numerics: 2x rule. A row's arithmetic does not depend on the other rows, so
+// neither do its bits. Edges:    length 0 gives 0; a NaN scale within the length gives NaN; nothing
+// past a length is read into a result. Limits:   offsets and lengths were checked by the binding.
 // Tests:    tests/kernels/test_attention_decode_spec.py
 // Bench:    llmqat bench attention_decode
 #include "cpu/attention.h"
@@ -26,23 +30,20 @@
 namespace llmqat::cpu {
 
 template <class T, class C>
-void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets,
-            const int64_t* lengths, int64_t rows, float scaling, T* out, float* scratch) {
-  LLMQAT_DISPATCH_ISA(attend(cache, q, offsets, lengths, rows, scaling, out, scratch))
-}
+void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets, const int64_t* lengths,
+            int64_t rows, float scaling, T* out, float* scratch){
+    LLMQAT_DISPATCH_ISA(attend(cache, q, offsets, lengths, rows, scaling, out, scratch))}
 
-#define LLMQAT_INSTANTIATE(T, C)                                                                     \
-  template void attend<T, C>(const CachedHead<C>&, const T*, const int64_t*, const int64_t*,         \
+#define LLMQAT_INSTANTIATE(T, C)                                                             \
+  template void attend<T, C>(const CachedHead<C>&, const T*, const int64_t*, const int64_t*, \
                              int64_t, float, T*, float*);
-#define LLMQAT_INSTANTIATE_ALL(T)  \
-  LLMQAT_INSTANTIATE(T, int8_t)    \
-  LLMQAT_INSTANTIATE(T, uint8_t)   \
-  LLMQAT_INSTANTIATE(T, float)     \
-  LLMQAT_INSTANTIATE(T, bf16)      \
+#define LLMQAT_INSTANTIATE_ALL(T) \
+  LLMQAT_INSTANTIATE(T, int8_t)   \
+  LLMQAT_INSTANTIATE(T, uint8_t)  \
+  LLMQAT_INSTANTIATE(T, float)    \
+  LLMQAT_INSTANTIATE(T, bf16)     \
   LLMQAT_INSTANTIATE(T, fp16)
-LLMQAT_INSTANTIATE_ALL(float)
-LLMQAT_INSTANTIATE_ALL(bf16)
-LLMQAT_INSTANTIATE_ALL(fp16)
+LLMQAT_INSTANTIATE_ALL(float) LLMQAT_INSTANTIATE_ALL(bf16) LLMQAT_INSTANTIATE_ALL(fp16)
 #undef LLMQAT_INSTANTIATE_ALL
 #undef LLMQAT_INSTANTIATE
 

@@ -25,16 +25,16 @@ struct CachedHead {
 
 inline int64_t padded_head_dim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// Floats of scratch for attend().
+// Floats of scratch for attend(), which aligns it to cache lines itself: hence the 16 more.
 inline int64_t attention_scratch(int64_t head_dim) {
   return padded_head_dim(head_dim) * (2 * kAttentionBlock + 2 * kAttentionRows) +
-         kAttentionBlock * kAttentionRows;
+         kAttentionBlock * kAttentionRows + 16;
 }
 
-// Row r: query q + offsets[r] (head_dim values) over tokens 0..lengths[r]-1, to out + offsets[r] (spec 9).
-// rows <= kAttentionRows. C is int8_t, uint8_t (packed int4), float, bf16 or fp16.
+// Row r: query q + offsets[r] (head_dim values) over tokens 0..lengths[r]-1, to out + offsets[r]
+// (spec 9). rows <= kAttentionRows. C is int8_t, uint8_t (packed int4), float, bf16 or fp16.
 template <class T, class C>
-void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets,
-            const int64_t* lengths, int64_t rows, float scaling, T* out, float* scratch);
+void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets, const int64_t* lengths,
+            int64_t rows, float scaling, T* out, float* scratch);
 
 }  // namespace llmqat::cpu

@@ -1,8 +1,14 @@
-// Attention over one cached head, written once; attention.cpp compiles it per instruction set. No include
-// guard on purpose. Every row's arithmetic is the same whatever the other rows are.
+// Attention over one cached head, written once; attention.cpp compiles it per instruction set. No
+// include guard on purpose. Every row's arithmetic is the same whatever the other rows are.
 
-inline constexpr int kGroup = 4;   // rows that share a loaded K or V vector
-inline constexpr int kSlice = 4;   // V vectors whose sums stay in registers: 4 x 4 accumulators
+inline constexpr int kGroup = 4;  // rows that share a loaded K or V vector
+inline constexpr int kSlice = 4;  // V vectors whose sums stay in registers: 4 x 4 accumulators
+
+inline constexpr int kTokens = kLanes >= 16  ? 4
+                               : kLanes >= 8 ? 2
+                                             : 1;  // that share a loaded query vector
+
+LLMQAT_SIMD inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Tokens as fp32 rows: in the cache itself, or expanded into scratch.
 struct FloatRows {
@@ -12,7 +18,8 @@ struct FloatRows {
 
 // Expands codes (without their scale) or 16-bit floats to fp32 rows of `padded` values.
 template <class C>
-LLMQAT_SIMD void expand(const C* from, int64_t row, int64_t count, int64_t head_dim, int64_t padded, float* to) {
+LLMQAT_SIMD void expand(const C* from, int64_t row, int64_t count, int64_t head_dim, int64_t padded,
+                        float* to) {
   const int64_t whole = head_dim / kLanes * kLanes;
   for (int64_t t = 0; t < count; ++t, from += row, to += padded) {
     for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load_cached(from, c));
@@ -22,10 +29,11 @@ LLMQAT_SIMD void expand(const C* from, int64_t row, int64_t count, int64_t head_
 
 // The same, rotated by the table rows of the tokens; in fp32, without rounding to q's dtype.
 template <class C>
-LLMQAT_SIMD void expand_rotated(const C* from, int64_t row, int64_t count, int64_t head_dim, int64_t padded,
-                                const float* cos, const float* sin, float* to) {
+LLMQAT_SIMD void expand_rotated(const C* from, int64_t row, int64_t count, int64_t head_dim,
+                                int64_t padded, const float* cos, const float* sin, float* to) {
   const int64_t half = head_dim / 2;
-  const int64_t whole = half % kLanes == 0 ? half : 0;  // else packed nibbles may not start at a byte
+  const int64_t whole =
+      half % kLanes == 0 ? half : 0;  // else packed nibbles may not start at a byte
   for (int64_t t = 0; t < count; ++t, from += row, to += padded, cos += half, sin += half) {
     for (int64_t c = 0; c < whole; c += kLanes) {
       const F x1 = load_cached(from, c), x2 = load_cached(from, c + half);
@@ -42,12 +50,13 @@ LLMQAT_SIMD void expand_rotated(const C* from, int64_t row, int64_t count, int64
 }
 
 template <class C>
-LLMQAT_SIMD FloatRows key_rows(const CachedHead<C>& cache, int64_t start, int64_t count, int64_t padded,
-                               float* scratch) {
+LLMQAT_SIMD FloatRows key_rows(const CachedHead<C>& cache, int64_t start, int64_t count,
+                               int64_t padded, float* scratch) {
   const C* from = cache.k + start * cache.row;
   if (cache.cos != nullptr) {
     const int64_t at = start * (cache.head_dim / 2);
-    expand_rotated(from, cache.row, count, cache.head_dim, padded, cache.cos + at, cache.sin + at, scratch);
+    expand_rotated(from, cache.row, count, cache.head_dim, padded, cache.cos + at, cache.sin + at,
+                   scratch);
     return {scratch, padded};
   }
   if constexpr (std::is_same_v<C, float>) {
@@ -58,8 +67,8 @@ LLMQAT_SIMD FloatRows key_rows(const CachedHead<C>& cache, int64_t start, int64_
 }
 
 template <class C>
-LLMQAT_SIMD FloatRows value_rows(const CachedHead<C>& cache, int64_t start, int64_t count, int64_t padded,
-                                 float* scratch) {
+LLMQAT_SIMD FloatRows value_rows(const CachedHead<C>& cache, int64_t start, int64_t count,
+                                 int64_t padded, float* scratch) {
   const C* from = cache.v + start * cache.row;
   if constexpr (std::is_same_v<C, float>) {
     if (cache.head_dim % kLanes == 0) return {from, cache.row};
@@ -68,22 +77,31 @@ LLMQAT_SIMD FloatRows value_rows(const CachedHead<C>& cache, int64_t start, int6
   return {scratch, padded};
 }
 
-// scores[r][t] = q[r] . k[t] for N rows; a vector of tokens at a time, lanes past count are 0.
+// scores[r][t] = q[r] . k[t] for N rows; a vector of tokens at a time, lanes past count are not
+// meaningful.
 template <int N>
-LLMQAT_SIMD void dot(const float* q, int64_t padded, FloatRows k, int64_t count, int64_t columns, float* scores) {
+LLMQAT_SIMD void dot(const float* q, int64_t padded, FloatRows k, int64_t count, int64_t columns,
+                     float* scores) {
   for (int64_t t = 0; t < count; t += kLanes) {
     F parts[N][kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      F sums[N];
-      for (int r = 0; r < N; ++r) sums[r] = set(0.0f);
-      if (t + j < count) {
-        const float* key = k.data + (t + j) * k.stride;
-        for (int64_t c = 0; c < columns; c += kLanes) {
-          const F value = load(key + c);
-          for (int r = 0; r < N; ++r) sums[r] = fma(load(q + r * padded + c), value, sums[r]);
+    for (int j = 0; j < kLanes; j += kTokens) {
+      const float* keys[kTokens];
+      for (int i = 0; i < kTokens; ++i) keys[i] = k.data + smaller(t + j + i, count - 1) * k.stride;
+      F sums[N][kTokens];
+      for (int r = 0; r < N; ++r) {
+        for (int i = 0; i < kTokens; ++i) sums[r][i] = set(0.0f);
+      }
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        F loaded[kTokens];
+        for (int i = 0; i < kTokens; ++i) loaded[i] = load(keys[i] + c);
+        for (int r = 0; r < N; ++r) {
+          const F query = load(q + r * padded + c);
+          for (int i = 0; i < kTokens; ++i) sums[r][i] = fma(query, loaded[i], sums[r][i]);
         }
       }
-      for (int r = 0; r < N; ++r) parts[r][j] = sums[r];
+      for (int r = 0; r < N; ++r) {
+        for (int i = 0; i < kTokens; ++i) parts[r][j + i] = sums[r][i];
+      }
     }
     for (int r = 0; r < N; ++r) store(scores + r * kAttentionBlock + t, sum_each(parts[r]));
   }
@@ -91,8 +109,8 @@ LLMQAT_SIMD void dot(const float* q, int64_t padded, FloatRows k, int64_t count,
 
 // sums[r][c..] += weights[r][t] * v[t][c..] over tokens [begin, end), M vectors wide, for N rows.
 template <int N, int M>
-LLMQAT_SIMD void accumulate_slice(const float* weights, FloatRows v, int64_t begin, int64_t end, float* sums,
-                                  int64_t padded) {
+LLMQAT_SIMD void accumulate_slice(const float* weights, FloatRows v, int64_t begin, int64_t end,
+                                  float* sums, int64_t padded) {
   F total[N][M];
   for (int r = 0; r < N; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = load(sums + r * padded + m * kLanes);
@@ -112,8 +130,8 @@ LLMQAT_SIMD void accumulate_slice(const float* weights, FloatRows v, int64_t beg
 }
 
 template <int N>
-LLMQAT_SIMD void accumulate(const float* weights, FloatRows v, int64_t begin, int64_t end, int64_t columns,
-                            float* sums, int64_t padded) {
+LLMQAT_SIMD void accumulate(const float* weights, FloatRows v, int64_t begin, int64_t end,
+                            int64_t columns, float* sums, int64_t padded) {
   if (begin >= end) return;
   int64_t c = 0;
   for (; c + kSlice * kLanes <= columns; c += kSlice * kLanes) {
@@ -124,10 +142,10 @@ LLMQAT_SIMD void accumulate(const float* weights, FloatRows v, int64_t begin, in
   }
 }
 
-// Scores of one row to weights exp(score - max) * v_scale; updates the running max and sum and rescales
-// what was summed before.
-LLMQAT_SIMD void soften(float* scores, int64_t count, const float* k_scale, const float* v_scale, float& top,
-                        float& total, float* sums, int64_t columns) {
+// Scores of one row to weights exp(score - max) * v_scale; updates the running max and sum and
+// rescales what was summed before.
+LLMQAT_SIMD void soften(float* scores, int64_t count, const float* k_scale, const float* v_scale,
+                        float& top, float& total, float* sums, int64_t columns) {
   const float lowest = -std::numeric_limits<float>::infinity();
   F highest = set(lowest);
   for (int64_t t = 0; t < count; t += kLanes) {
@@ -154,8 +172,8 @@ LLMQAT_SIMD void soften(float* scores, int64_t count, const float* k_scale, cons
   }
 }
 
-LLMQAT_SIMD void dot_rows(int64_t n, const float* q, int64_t padded, FloatRows k, int64_t count, int64_t columns,
-                          float* scores) {
+LLMQAT_SIMD void dot_rows(int64_t n, const float* q, int64_t padded, FloatRows k, int64_t count,
+                          int64_t columns, float* scores) {
   switch (n) {
     case 1: return dot<1>(q, padded, k, count, columns, scores);
     case 2: return dot<2>(q, padded, k, count, columns, scores);
@@ -164,8 +182,8 @@ LLMQAT_SIMD void dot_rows(int64_t n, const float* q, int64_t padded, FloatRows k
   }
 }
 
-LLMQAT_SIMD void accumulate_rows(int64_t n, const float* weights, FloatRows v, int64_t count, int64_t columns,
-                                 float* sums, int64_t padded) {
+LLMQAT_SIMD void accumulate_rows(int64_t n, const float* weights, FloatRows v, int64_t count,
+                                 int64_t columns, float* sums, int64_t padded) {
   switch (n) {
     case 1: return accumulate<1>(weights, v, 0, count, columns, sums, padded);
     case 2: return accumulate<2>(weights, v, 0, count, columns, sums, padded);
@@ -174,14 +192,14 @@ LLMQAT_SIMD void accumulate_rows(int64_t n, const float* weights, FloatRows v, i
   }
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T, class C>
 LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* offsets,
-                        const int64_t* lengths, int64_t rows, float scaling, T* out, float* scratch) {
+                        const int64_t* lengths, int64_t rows, float scaling, T* out,
+                        float* scratch) {
   const int64_t padded = padded_head_dim(cache.head_dim);
   const int64_t columns = (cache.head_dim + kLanes - 1) / kLanes * kLanes;
-  float* keys = scratch;
+  // A vector that straddles two cache lines costs two accesses.
+  float* keys = scratch + (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64 / sizeof(float);
   float* values = keys + kAttentionBlock * padded;
   float* queries = values + kAttentionBlock * padded;
   float* sums = queries + kAttentionRows * padded;
@@ -189,7 +207,7 @@ LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* o
   float top[kAttentionRows], total[kAttentionRows];
 
   if (columns != cache.head_dim) {  // zero the padding columns, once: nothing writes them again
-    std::memset(scratch, 0, static_cast<size_t>(2 * kAttentionBlock + rows) * padded * sizeof(float));
+    std::memset(keys, 0, static_cast<size_t>(2 * kAttentionBlock + rows) * padded * sizeof(float));
   }
   std::memset(sums, 0, static_cast<size_t>(rows) * padded * sizeof(float));
   int64_t longest = 0;
@@ -224,7 +242,8 @@ LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* o
       // The rest one row at a time: a weight of 0 must not meet a token that the row may not see.
       for (int64_t r = 0; r < n; ++r) {
         const int64_t own = smaller(count, lengths[g + r] - start);
-        accumulate<1>(scores + r * kAttentionBlock, v, common, own, columns, sums + (g + r) * padded, padded);
+        accumulate<1>(scores + r * kAttentionBlock, v, common, own, columns,
+                      sums + (g + r) * padded, padded);
       }
     }
   }
@@ -232,7 +251,8 @@ LLMQAT_SIMD void attend(const CachedHead<C>& cache, const T* q, const int64_t* o
   for (int64_t r = 0; r < rows; ++r) {
     const F scale = set(lengths[r] > 0 ? 1.0f / total[r] : 0.0f);
     for (int64_t c = 0; c < cache.head_dim; c += kLanes) {
-      store_first(out + offsets[r] + c, cache.head_dim - c, mul(load(sums + r * padded + c), scale));
+      store_first(out + offsets[r] + c, cache.head_dim - c,
+                  mul(load(sums + r * padded + c), scale));
     }
   }
 }

@@ -4,8 +4,10 @@
 // Shapes:   one token's V logits a call; the caller bounds the chunk of rows that exist.
 // Dtypes:   fp32 logits and gradient; block sums in fp64.
 // Tiling:   blocks of 1,024 values flush fp32 lane sums to fp64, so that V = 128k loses no digits.
-// Cost:     three passes over 2V floats in L2 (maxima, sums, gradient), three exps a value, about 80
-//           instructions for 16 values. The [tokens, V] softmaxes of the plain form are never stored.
+// Cost:     three passes over 2V floats in L2 (maxima, sums, gradient), three exps a value, about
+// 80
+//           instructions for 16 values. The [tokens, V] softmaxes of the plain form are never
+//           stored.
 // Numerics: not exact; NaN in either row makes loss and gradient NaN.
 // Edges:    -inf logits: a teacher probability of 0 contributes 0.
 // Limits:   V >= 1.
@@ -23,7 +25,8 @@
 
 namespace llmqat::cpu {
 
-double soft_cross_entropy_row(float* student, const float* teacher, int64_t vocabulary, float inv_n) {
+double soft_cross_entropy_row(float* student, const float* teacher, int64_t vocabulary,
+                              float inv_n) {
   LLMQAT_DISPATCH_ISA(soft_cross_entropy_row(student, teacher, vocabulary, inv_n))
 }
 

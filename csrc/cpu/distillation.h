@@ -5,7 +5,9 @@
 
 namespace llmqat::cpu {
 
-// Loss of one token (unweighted); student becomes its gradient times inv_n (spec 10). vocabulary >= 1.
-double soft_cross_entropy_row(float* student, const float* teacher, int64_t vocabulary, float inv_n);
+// Loss of one token (unweighted); student becomes its gradient times inv_n (spec 10). vocabulary
+// >= 1.
+double soft_cross_entropy_row(float* student, const float* teacher, int64_t vocabulary,
+                              float inv_n);
 
 }  // namespace llmqat::cpu

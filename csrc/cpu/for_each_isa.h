@@ -1,8 +1,9 @@
-// Includes the file LLMQAT_KERNEL once per instruction set, inside llmqat::cpu::<isa>, so that a kernel is
-// written once in terms of simd.h and compiled three times into one binary.
+// Includes the file LLMQAT_KERNEL once per instruction set, inside llmqat::cpu::<isa>, so that a
+// kernel is written once in terms of simd.h and compiled three times into one binary.
 //
-// In that file LLMQAT_SIMD marks every function. No lambdas there: they would not inherit the target.
-// No include guard here: each op's .cpp includes this once, after simd.h and everything the kernel needs.
+// In that file LLMQAT_SIMD marks every function. No lambdas there: they would not inherit the
+// target. No include guard here: each op's .cpp includes this once, after simd.h and everything the
+// kernel needs.
 
 namespace llmqat::cpu::scalar {
 namespace {

@@ -1,21 +1,19 @@
 // Integer tile kernels: exact int32 accumulators of int8 activations against weight panels.
 //
 // Math:    acc[r, n] = init[r] + sum_k a[r, k] * u[n, k] (spec 7), where u = code + 8 (int4 panels)
-// or
-//          code + 128 (int8 panels) is unsigned because vpdpbusd wants one unsigned side; the
+//          or code + 128 (int8 panels) is unsigned because vpdpbusd wants one unsigned side; the
 //          caller passes init[r] = -offset * sum_k a[r, k]. All sums are modulo 2^32, so an
 //          intermediate overflow is harmless whenever the result fits.
 // Shapes:  a panel holds 32 channels (two zmm of int32). For each quad of 4 consecutive k it has
 //          - int4: 64 bytes, byte[4i + j] = u[i][k+j] | u[16 + i][k+j] << 4: both nibbles of a
-//          register
-//            land in the accumulator lane of their own channel, so there are no horizontal sums;
+//            register land in the accumulator lane of their own channel, so there are no horizontal
+//            sums;
 //          - int8: 128 bytes, byte[4i + j] = u[i][k+j], i = 0..31.
 // Tiling:  rows x panels chosen so that 10 to 24 accumulators are live: enough to hide the 5-cycle
 //          latency of two vpdpbusd a cycle, few enough for 32 registers. See tile_panels().
 // Cost:    2 * rows * 32 * K operations a panel; one row is bound by reading the panel (K/2 or K
-// bytes
-//          a channel): up to 8 panels are streamed at once because one hardware stream does not
-//          fill the memory bus of one core (measured: 13 GB/s with 1 stream, 16 with 8).
+//          bytes a channel): up to 8 panels are streamed at once because one hardware stream does
+//          not fill the memory bus of one core (measured: 13 GB/s with 1 stream, 16 with 8).
 // Numerics: exact; every instruction set gives the same bits.
 // Edges:   quads may be 0. Activations beyond K inside the last quad must be 0 (the caller pads).
 // Tests:   tests/kernels/test_matmul_native.py

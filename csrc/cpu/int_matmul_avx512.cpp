@@ -151,8 +151,7 @@ constexpr TileTable<false> kTiles8;
 void tile4(int rows, int panels, const TileArgs& args) { kTiles4.at[rows][panels](args); }
 void tile8(int rows, int panels, const TileArgs& args) { kTiles8.at[rows][panels](args); }
 
-// ---- row-major dot products
-// -----------------------------------------------------------------------
+// ---- row-major dot products ---------------------------------------------------------------------
 
 LLMQAT_INLINE512 __mmask64 first_bytes(int64_t n) {
   return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;

@@ -1,15 +1,14 @@
 // RMSNorm of one row, with the residual addition in front.
 //
 // Math:     spec 12, tree_sum of spec 11.
-// Shapes:   one row of n values a call; quantize_row follows in the binding on a row that is still in L1.
-// Dtypes:   fp32, bf16, fp16 in and out; fp32 weight (the binding widens it) and arithmetic.
+// Shapes:   one row of n values a call; quantize_row follows in the binding on a row that is still
+// in L1. Dtypes:   fp32, bf16, fp16 in and out; fp32 weight (the binding widens it) and arithmetic.
 // Tiling:   none; a row and its squares (8n bytes) stay in L1 for n <= 4096.
 // Cost:     n = 576: about 0.2 us a row; the floor is the two passes of loads and stores.
-// Numerics: exact. The sum is a tree over halves: elementwise adds, so that lane counts do not matter.
-// Edges:    n = 0 writes nothing; NaN and Inf go through to y.
-// Limits:   MXCSR at its default.
-// Tests:    tests/kernels/test_rms_norm_quantize_spec.py
-// Bench:    llmqat bench rms_norm_quantize
+// Numerics: exact. The sum is a tree over halves: elementwise adds, so that lane counts do not
+// matter. Edges:    n = 0 writes nothing; NaN and Inf go through to y. Limits:   MXCSR at its
+// default. Tests:    tests/kernels/test_rms_norm_quantize_spec.py Bench:    llmqat bench
+// rms_norm_quantize
 #include "cpu/norm.h"
 
 #include <bit>
@@ -23,16 +22,13 @@
 namespace llmqat::cpu {
 
 template <class T>
-void rms_norm_row(const T* x, const T* residual, const float* weight, int64_t n, float eps, T* total,
-                  T* y, float* scratch) {
-  LLMQAT_DISPATCH_ISA(rms_norm_row(x, residual, weight, n, eps, total, y, scratch))
-}
+void rms_norm_row(const T* x, const T* residual, const float* weight, int64_t n, float eps,
+                  T* total, T* y, float* scratch){
+    LLMQAT_DISPATCH_ISA(rms_norm_row(x, residual, weight, n, eps, total, y, scratch))}
 
-#define LLMQAT_INSTANTIATE(T)                                                                        \
+#define LLMQAT_INSTANTIATE(T) \
   template void rms_norm_row<T>(const T*, const T*, const float*, int64_t, float, T*, T*, float*);
-LLMQAT_INSTANTIATE(float)
-LLMQAT_INSTANTIATE(bf16)
-LLMQAT_INSTANTIATE(fp16)
+LLMQAT_INSTANTIATE(float) LLMQAT_INSTANTIATE(bf16) LLMQAT_INSTANTIATE(fp16)
 #undef LLMQAT_INSTANTIATE
 
 }  // namespace llmqat::cpu

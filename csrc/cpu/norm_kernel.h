@@ -1,7 +1,8 @@
-// The RMSNorm row, written once; norm.cpp compiles it per instruction set. No include guard on purpose.
+// The RMSNorm row, written once; norm.cpp compiles it per instruction set. No include guard on
+// purpose.
 
-// Adds the upper half of n values to the lower until one is left (spec 11). The padding zeros are not
-// stored: x + 0 is x for the squares summed here.
+// Adds the upper half of n values to the lower until one is left (spec 11). The padding zeros are
+// not stored: x + 0 is x for the squares summed here.
 LLMQAT_SIMD float tree_sum(float* x, int64_t n) {
   if (n == 0) return 0.0f;
   int64_t half = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n)) / 2);
@@ -21,8 +22,8 @@ LLMQAT_SIMD float tree_sum(float* x, int64_t n) {
 }
 
 template <class T>
-LLMQAT_SIMD void rms_norm_row(const T* x, const T* residual, const float* weight, int64_t n, float eps,
-                              T* total, T* y, float* scratch) {
+LLMQAT_SIMD void rms_norm_row(const T* x, const T* residual, const float* weight, int64_t n,
+                              float eps, T* total, T* y, float* scratch) {
   for (int64_t i = 0; i < n; i += kLanes) {
     F v = load_first(x + i, n - i);
     if (residual != nullptr) {

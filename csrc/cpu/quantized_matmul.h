@@ -1,24 +1,22 @@
 // y = a @ w.T for int8 activation codes and quantized weights (spec 7), in one object per call.
 //
 // Math:    acc = sum_k a*w per group, exact int32; y = sum_g mul(float(acc_g), mul(sx, sw_g)) +
-// bias, one
-//          cast. OutType::int32 stores the accumulators instead (int_matmul).
+//          bias, one cast. OutType::int32 stores the accumulators instead (int_matmul).
 // Shapes:  a [M, K], sx [M], w [N, K] in any integer Layout, sw [N] or [N, K / group_size], bias
-// [N] fp32,
-//          y [M, N]. Work unit: one panel of 32 channels for a range of rows.
+//          [N] fp32, y [M, N]. Work unit: one panel of 32 channels for a range of rows.
 // Tiling:  rows in equal blocks of at most 12 (int_matmul.h); panels in groups of at most 512 KiB,
-// so that
-//          the group stays in L2 (1.25 to 2 MiB) while every row block passes over it once, and the
-//          activations are read from beyond L2 once a group instead of once a panel. Row-major
-//          weights become panels in a thread-local scratch as each group starts; with few rows
-//          (below kPackRows) that would cost more than the product, and rows are dotted directly.
+//          so that the group stays in L2 (1.25 to 2 MiB) while every row block passes over it once,
+//          and the activations are read from beyond L2 once a group instead of once a panel.
+//          Row-major weights become panels in a thread-local scratch as each group starts; with few
+//          rows (below kPackRows) that would cost more than the product, and rows are dotted
+//          directly.
 // Cost:    2*M*N*K operations; below about 20 rows bound by reading w (N*K bytes or half).
 // Numerics: exact; the same bits for every instruction set, layout, thread count and batch size.
 // Edges:   M, N or K = 0; K not a multiple of 4 and groups that start inside a quad: the
-// activations are
-//          copied with zeros around each group, which leaves the weight layout as it is. K > 65536:
-//          several tile calls added up.
-// Tests:   tests/kernels/test_matmul_native.py
+//          activations are copied with zeros around each group, which leaves the weight layout as
+//          it is. K > 65536: several tile calls added up.
+// Limits:  K <= 131071 (checked by the binding).
+// Tests:   tests/kernels/test_matmul_native.py, test_linear_native.py
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,12 @@
 // See quantized_matmul_tile.h. One body, compiled once per instruction set: the loops vectorize,
 // the operations are the scalar ones of quant_math.h, so the bits are the same.
+
+// gcc 12 takes the undefined registers inside its own intrinsics for uninitialized variables.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "quantized_matmul_tile.h"
+
+#include <immintrin.h>
 
 #include "llmqat/quant_math.h"
 
@@ -42,28 +48,53 @@ LLMQAT_BODY void store_body(const float* in, int64_t ld, int rows, int cols, con
   }
 }
 
-#define LLMQAT_TILE_END(NAME, TARGET)                                                           \
-  TARGET void scale_##NAME(const int32_t* acc, int64_t ld, int rows, int cols, const float* sx, \
-                           const float* sw, bool first, float* out) {                           \
-    scale_body(acc, ld, rows, cols, sx, sw, first, out);                                        \
-  }                                                                                             \
-  TARGET void store_##NAME(const float* in, int64_t ld, int rows, int cols, const float* bias,  \
-                           OutType type, void* y, int64_t ldy) {                                \
-    store_body(in, ld, rows, cols, bias, type, y, ldy);                                         \
-  }                                                                                             \
-  constexpr TileEnd kEnd_##NAME = {scale_##NAME, store_##NAME};
+#define LLMQAT_TILE_STORE(NAME, TARGET)                                                        \
+  TARGET void store_##NAME(const float* in, int64_t ld, int rows, int cols, const float* bias, \
+                           OutType type, void* y, int64_t ldy) {                               \
+    store_body(in, ld, rows, cols, bias, type, y, ldy);                                        \
+  }
 
-LLMQAT_TILE_END(scalar, )
-LLMQAT_TILE_END(avx2, LLMQAT_TARGET_AVX2)
-LLMQAT_TILE_END(avx512, LLMQAT_TARGET_AVX512)
+LLMQAT_TILE_STORE(scalar, )
+LLMQAT_TILE_STORE(avx2, LLMQAT_TARGET_AVX2)
+LLMQAT_TILE_STORE(avx512, LLMQAT_TARGET_AVX512)
+
+void scale_scalar(const int32_t* acc, int64_t ld, int rows, int cols, const float* sx,
+                  const float* sw, bool first, float* out) {
+  scale_body(acc, ld, rows, cols, sx, sw, first, out);
+}
+
+LLMQAT_TARGET_AVX2 void scale_avx2(const int32_t* acc, int64_t ld, int rows, int cols,
+                                   const float* sx, const float* sw, bool first, float* out) {
+  scale_body(acc, ld, rows, cols, sx, sw, first, out);
+}
+
+// Written out: with small groups this runs every few quads, and compilers version the loop for
+// aliasing and short rows instead of using masks.
+LLMQAT_TARGET_AVX512 void scale_avx512(const int32_t* acc, int64_t ld, int rows, int cols,
+                                       const float* sx, const float* sw, bool first, float* out) {
+  for (int c = 0; c < cols; c += 16) {
+    const __mmask16 mask = cols - c >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << (cols - c)) - 1);
+    const __m512 w = _mm512_maskz_loadu_ps(mask, sw + c);
+    for (int r = 0; r < rows; ++r) {
+      const __m512 sums = _mm512_cvtepi32_ps(_mm512_loadu_si512(acc + r * ld + c));
+      const __m512 term = _mm512_mul_ps(sums, _mm512_mul_ps(_mm512_set1_ps(sx[r]), w));
+      float* to = out + r * ld + c;
+      _mm512_storeu_ps(to, first ? term : _mm512_add_ps(_mm512_loadu_ps(to), term));
+    }
+  }
+}
+
+constexpr TileEnd kEndScalar = {scale_scalar, store_scalar};
+constexpr TileEnd kEndAvx2 = {scale_avx2, store_avx2};
+constexpr TileEnd kEndAvx512 = {scale_avx512, store_avx512};
 
 }  // namespace
 
 const TileEnd& tile_end(Isa isa) {
   switch (isa) {
-    case Isa::avx512vnni: return kEnd_avx512;
-    case Isa::avx2: return kEnd_avx2;
-    default: return kEnd_scalar;
+    case Isa::avx512vnni: return kEndAvx512;
+    case Isa::avx2: return kEndAvx2;
+    default: return kEndScalar;
   }
 }
 

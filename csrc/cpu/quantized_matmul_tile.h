@@ -1,9 +1,8 @@
 // The last steps of a matmul tile: scales, group sums, bias, cast (spec 7). Shared by the float
 // matmul.
 //
-// Math:    scale_tile: out = mul(float(acc), mul(sx[r], sw[c])), or out += that for later groups.
-//          store_tile: y = cast(add(in, bias[c])). All fp32, each operation rounded, no
-//          contraction.
+// Math:    scale: out = mul(float(acc), mul(sx[r], sw[c])), or out += that for later groups. store:
+//          y = cast(add(in, bias[c])). All fp32, each operation rounded, no contraction.
 // Shapes:  acc, in, out [rows, ld] in L1, cols <= ld used; y [rows, cols] with its own row stride.
 // Tests:   tests/kernels/test_matmul_native.py
 #pragma once

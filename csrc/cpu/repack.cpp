@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "int_matmul.h"
@@ -64,8 +65,7 @@ bool pack_rows4(const void* w, Layout source, int64_t n, int64_t k, int64_t row0
   return outside == 0;
 }
 
-// ---- AVX-512: 16 rows by 64 columns at a time
-// -----------------------------------------------------
+// ---- AVX-512: 16 rows by 64 columns at a time ---------------------------------------------------
 
 #define LLMQAT_INLINE512 LLMQAT_TARGET_AVX512 __attribute__((always_inline)) inline
 
@@ -216,25 +216,38 @@ void repack_float(const T* w, int64_t n, int64_t k, int64_t begin, int64_t end, 
   }
 }
 
+// Columns [begin, end) of one row into one column of a panel.
+template <class T, bool kNibbles>
+void dequantize_columns(const uint8_t* bytes, const float* scale, int64_t group_size, int64_t begin,
+                        int64_t end, float* out) {
+  for (int64_t c = begin; c < end;) {
+    const int64_t group = c / group_size;
+    const int64_t stop = std::min(end, (group + 1) * group_size);
+    const float s = scale[group];
+    for (; c < stop; ++c) {
+      const int code =
+          kNibbles ? signed_nibble(bytes[c / 2], c % 2 != 0) : static_cast<int8_t>(bytes[c]);
+      out[c * kFloatPanel] = round_to<T>(dequantize_code(static_cast<int8_t>(code), s));
+    }
+  }
+}
+
 template <class T>
 void dequantize_panel(const void* w, Layout source, int64_t n, int64_t k, const float* scale,
                       int64_t group_size, int64_t panel, float* out) {
-  const bool nibbles = source == Layout::nibbles;
-  const int64_t row_bytes = nibbles ? ceil_div(k, 2) : k;
-  const int64_t groups = group_size > 0 ? k / group_size : 0;
-  for (int i = 0; i < kFloatPanel; ++i) {
-    const int64_t row = panel * kFloatPanel + i;
-    if (row >= n) {
-      for (int64_t c = 0; c < k; ++c) out[c * kFloatPanel + i] = 0.0f;
-      continue;
-    }
-    const uint8_t* bytes = static_cast<const uint8_t*>(w) + row * row_bytes;
-    for (int64_t group = 0; group < groups; ++group) {
-      const float s = scale[row * groups + group];
-      for (int64_t c = group * group_size; c < (group + 1) * group_size; ++c) {
-        const int code =
-            nibbles ? signed_nibble(bytes[c / 2], c % 2 != 0) : static_cast<int8_t>(bytes[c]);
-        out[c * kFloatPanel + i] = round_to<T>(dequantize_code(static_cast<int8_t>(code), s));
+  constexpr int64_t kColumns = 128;  // 8 KiB of the panel: stays in L1 while 16 rows fill it
+  for (int64_t begin = 0; begin < k; begin += kColumns) {
+    const int64_t end = std::min(k, begin + kColumns);
+    for (int i = 0; i < kFloatPanel; ++i) {
+      const int64_t index = panel * kFloatPanel + i;
+      if (index < n) {
+        const Row row(w, source, n, k, index);
+        const float* scales = scale + index * (k / group_size);
+        (row.nibbles
+             ? dequantize_columns<T, true>
+             : dequantize_columns<T, false>)(row.bytes, scales, group_size, begin, end, out + i);
+      } else {
+        for (int64_t c = begin; c < end; ++c) out[c * kFloatPanel + i] = 0.0f;
       }
     }
   }

@@ -1,21 +1,20 @@
 // Weight layouts of the CPU matrix kernels: a pure permutation of the codes (or floats), spec 8.
 //
 // Math:    none. panels4 / panels8: see int_matmul.h; floats: [ceil(N / 16)][K][16], in the storage
-// dtype. Shapes:  in: row-major w [N, K] (int8 codes, packed nibbles [N, ceil(K / 2)], or floats).
-// Out: one opaque
-//          run of bytes: a 64-byte header, then the panels. N is padded to whole panels and K to
-//          whole quads with code 0 (floats: N only, with 0).
+//          dtype.
+// Shapes:  in: row-major w [N, K] (int8 codes, packed nibbles [N, ceil(K / 2)], or floats). Out:
+//          one opaque run of bytes: a 64-byte header, then the panels. N is padded to whole panels
+//          and K to whole quads with code 0 (floats: N only, with 0).
 // Tiling:  panels of 32 (16 floats) channels because the accumulators are then registers by channel
-// and
-//          nothing is summed across lanes; the header is one cache line so that panels stay
+//          and nothing is summed across lanes; the header is one cache line so that panels stay
 //          aligned.
 // Cost:    reads w once, writes it once; done when a model is loaded, except pack_panel8, which the
-// matmul
-//          of a row-major weight runs into a cache-resident scratch (16x16 transposes in
+//          matmul of a row-major weight runs into a cache-resident scratch (16x16 transposes in
 //          registers).
 // Numerics: exact.
 // Edges:   N = 0 and K = 0 give the header alone. Codes outside [-8, 7] do not fit panels4:
-// reported. Tests:   tests/kernels/test_matmul_native.py (inverse, every nibble, odd sizes)
+//          reported.
+// Tests:   tests/kernels/test_repack_native.py (inverse, every nibble, odd sizes)
 #pragma once
 
 #include <cstdint>

@@ -20,15 +20,12 @@
 namespace llmqat::cpu {
 
 template <class T>
-void rope_heads(const T* x, int64_t heads, int64_t head_dim, const float* cos, const float* sin, T* out) {
-  LLMQAT_DISPATCH_ISA(rope_heads(x, heads, head_dim, cos, sin, out))
-}
+void rope_heads(const T* x, int64_t heads, int64_t head_dim, const float* cos, const float* sin,
+                T* out){LLMQAT_DISPATCH_ISA(rope_heads(x, heads, head_dim, cos, sin, out))}
 
 #define LLMQAT_INSTANTIATE(T) \
   template void rope_heads<T>(const T*, int64_t, int64_t, const float*, const float*, T*);
-LLMQAT_INSTANTIATE(float)
-LLMQAT_INSTANTIATE(bf16)
-LLMQAT_INSTANTIATE(fp16)
+LLMQAT_INSTANTIATE(float) LLMQAT_INSTANTIATE(bf16) LLMQAT_INSTANTIATE(fp16)
 #undef LLMQAT_INSTANTIATE
 
 }  // namespace llmqat::cpu

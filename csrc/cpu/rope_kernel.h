@@ -1,8 +1,9 @@
-// RoPE of one token, written once; rope.cpp compiles it per instruction set. No include guard on purpose.
+// RoPE of one token, written once; rope.cpp compiles it per instruction set. No include guard on
+// purpose.
 
 template <class T>
-LLMQAT_SIMD void rope_heads(const T* x, int64_t heads, int64_t head_dim, const float* cos, const float* sin,
-                            T* out) {
+LLMQAT_SIMD void rope_heads(const T* x, int64_t heads, int64_t head_dim, const float* cos,
+                            const float* sin, T* out) {
   const int64_t half = head_dim / 2;
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t n = half - i;

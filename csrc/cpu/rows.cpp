@@ -16,7 +16,8 @@
 // Bench:    llmqat bench quantize
 #include "cpu/rows.h"
 
-#include <cmath>
+#include <bit>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/isa.h"
@@ -69,11 +70,6 @@ void fake(const T* x, int64_t n, float inv, float limit, float scale, T* out) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = from_float<T>(dequantize_code(quantize_code(to_float(x[i]), inv, limit), scale));
   }
-}
-
-template <class T>
-void mask(const T* grad, const T* x, int64_t n, float clip, T* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = std::fabs(to_float(x[i])) < clip ? grad[i] : T{};
 }
 
 }  // namespace
@@ -287,10 +283,43 @@ void fake_quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, T* out)
   }
 }
 
-// A compare and a select: the compiler vectorizes the fp32 form, and it runs once a training step.
+namespace {
+
+// |x| < clip holds exactly where the stored magnitude is below this. Nothing is below 0, so that a
+// NaN x, whose magnitude is above Inf's, and a NaN clip stop the gradient.
+template <class T>
+uint32_t stored_threshold(float clip) {
+  if (!(clip > 0.0f)) return 0;
+  const T nearest = from_float<T>(clip);
+  return stored_magnitude(nearest) + (to_float(nearest) < clip ? 1 : 0);
+}
+
+int32_t stored_bits(float v) { return std::bit_cast<int32_t>(v); }
+template <class T>
+int16_t stored_bits(T v) {
+  return static_cast<int16_t>(v.bits);
+}
+
+void put_stored_bits(float& v, int32_t bits) { v = std::bit_cast<float>(bits); }
+template <class T>
+void put_stored_bits(T& v, int16_t bits) {
+  v.bits = static_cast<uint16_t>(bits);
+}
+
+}  // namespace
+
+// Integer compares and masks on the stored bits: the compiler vectorizes them for any instruction
+// set.
 template <class T>
 void mask_gradient(const T* grad, const T* x, int64_t n, float clip, T* out) {
-  scalar::mask(grad, x, n, clip, out);
+  using Bits = std::conditional_t<std::is_same_v<T, float>, int32_t, int16_t>;
+  constexpr Bits kMagnitude = std::numeric_limits<Bits>::max();
+  const Bits threshold = static_cast<Bits>(stored_threshold<T>(clip));
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits magnitude = stored_bits(x[i]) & kMagnitude;
+    const Bits keep = magnitude < threshold ? -1 : 0;
+    put_stored_bits(out[i], stored_bits(grad[i]) & keep);
+  }
 }
 
 #define LLMQAT_INSTANTIATE(T)                                            \

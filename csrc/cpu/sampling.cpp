@@ -1,12 +1,13 @@
 // Greedy and Gumbel-max sampling with counter-based noise.
 //
-// Math:     spec 15, 16. Noise is at most kNoiseBound, and noise g needs u >= 1 - e^-g, because -log(u) >= 1 - u.
-// Shapes:   one row of V logits a call.
-// Dtypes:   fp32, bf16, fp16 logits.
+// Math:     spec 15, 16. Noise is at most kNoiseBound, and noise g needs u >= 1 - e^-g, because
+// -log(u) >= 1 - u. Shapes:   one row of V logits a call. Dtypes:   fp32, bf16, fp16 logits.
 // Tiling:   groups of 64 tokens = 16 Philox counters, one vector of them with AVX-512.
-// Cost:     one pass for the maxima of the groups; then only groups that can still win draw their words (3
-//           cycles a token), and only words large enough to win take logarithms. The group of the largest
-//           logit goes first, so that the bar is high from the start. V = 49,152: about 30 us, greedy 6 us.
+// Cost:     one pass for the maxima of the groups; then only groups that can still win draw their
+// words (3
+//           cycles a token), and only words large enough to win take logarithms. The group of the
+//           largest logit goes first, so that the bar is high from the start. V = 49,152: about 30
+//           us, greedy 6 us.
 // Numerics: exact: what is skipped could not have won, and what is not is computed by spec 16.
 // Edges:    NaN, or nothing finite: -1. Ties go to the smaller index. +Inf wins.
 // Limits:   V < 2^32.
@@ -43,9 +44,8 @@ namespace llmqat::cpu {
 namespace {
 
 template <class T>
-bool group_maxima(const T* logits, int64_t vocabulary, float* maxima) {
-  LLMQAT_DISPATCH_ISA(group_maxima(logits, vocabulary, maxima))
-}
+bool group_maxima(const T* logits, int64_t vocabulary,
+                  float* maxima){LLMQAT_DISPATCH_ISA(group_maxima(logits, vocabulary, maxima))}
 
 uint32_t random_words(uint32_t base, const SampleRow& row, uint32_t* words) {
   LLMQAT_DISPATCH_ISA(random_words(base, row, words))
@@ -86,16 +86,18 @@ struct Best {
 };
 
 template <class T>
-void sample_group(const T* logits, int64_t base, int64_t vocabulary, float maximum, const SampleRow& row,
-                  Best& best) {
+void sample_group(const T* logits, int64_t base, int64_t vocabulary, float maximum,
+                  const SampleRow& row, Best& best) {
   const float highest = div_rn(maximum, row.temperature);
   if (best.token >= 0 && add_rn(highest, kNoiseBound) < best.score) return;
   uint32_t words[kTokenGroup];
   const uint32_t largest = random_words(static_cast<uint32_t>(base), row, words);
-  if (best.token >= 0 && largest < word_threshold(best.score, highest)) return;
+  const uint32_t bar = best.token >= 0 ? word_threshold(best.score, highest) : 0;
+  if (largest < bar) return;
   const int64_t count = std::min(kTokenGroup, vocabulary - base);
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t word = words[i % 4 * 16 + i / 4];
+    if (word < bar) continue;
     const float scaled = div_rn(to_float(logits[base + i]), row.temperature);
     if (best.token >= 0 && word < word_threshold(best.score, scaled)) continue;
     best.offer(add_rn(scaled, noise(word)), base + i);
@@ -113,7 +115,8 @@ int64_t first_largest(const T* logits, int64_t vocabulary, const float* maxima) 
 
 // The k largest logits, ties to the smaller index: a heap whose top is the weakest of them.
 template <class T>
-std::vector<std::pair<float, int64_t>> largest(const T* logits, int64_t vocabulary, const float* maxima, int64_t k) {
+std::vector<std::pair<float, int64_t>> largest(const T* logits, int64_t vocabulary,
+                                               const float* maxima, int64_t k) {
   const auto stronger = [](const std::pair<float, int64_t>& a, const std::pair<float, int64_t>& b) {
     return a.first > b.first || (a.first == b.first && a.second < b.second);
   };

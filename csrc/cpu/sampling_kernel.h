@@ -1,5 +1,5 @@
-// The vector parts of sampling, written once; sampling.cpp compiles them per instruction set. No include
-// guard on purpose.
+// The vector parts of sampling, written once; sampling.cpp compiles them per instruction set. No
+// include guard on purpose.
 
 // Maximum of every group of 64 logits; false if the row has NaN or nothing finite.
 template <class T>
@@ -28,8 +28,8 @@ LLMQAT_SIMD bool group_maxima(const T* logits, int64_t vocabulary, float* maxima
   return finite && !nan;
 }
 
-// The random words of tokens base .. base + 63: words[k * 16 + j] belongs to token base + 4 j + k (spec 15).
-// Returns the largest word.
+// The random words of tokens base .. base + 63: words[k * 16 + j] belongs to token base + 4 j + k
+// (spec 15). Returns the largest word.
 LLMQAT_SIMD uint32_t random_words(uint32_t base, const SampleRow& row, uint32_t* words) {
   U top = set_u(0);
   for (int j = 0; j < kTokenGroup / 4; j += kLanes) {
@@ -43,9 +43,9 @@ LLMQAT_SIMD uint32_t random_words(uint32_t base, const SampleRow& row, uint32_t*
       U high0, low0, high1, low1;
       multiply_u(c0, kPhiloxMultiplier0, high0, low0);
       multiply_u(c2, kPhiloxMultiplier1, high1, low1);
-      c0 = xor_u(xor_u(high1, c1), set_u(key0));
+      c0 = xor_u(high1, c1, set_u(key0));
       c1 = low1;
-      c2 = xor_u(xor_u(high0, c3), set_u(key1));
+      c2 = xor_u(high0, c3, set_u(key1));
       c3 = low0;
       key0 += kPhiloxWeyl0;
       key1 += kPhiloxWeyl1;

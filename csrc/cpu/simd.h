@@ -1,8 +1,10 @@
-// One vocabulary of fp32 lanes for three instruction sets: the types F (kLanes floats) and U (kLanes
-// 32-bit words) and the functions on them, in the namespaces scalar (1 lane), avx2 (8) and avx512 (16).
+// One vocabulary of fp32 lanes for three instruction sets: the types F (kLanes floats) and U
+// (kLanes 32-bit words) and the functions on them, in the namespaces scalar (1 lane), avx2 (8) and
+// avx512 (16).
 //
-// Elementwise functions are IEEE and give the same bits everywhere. `fma`, `sum` and `sum_each` depend on the
-// lane count or on fusing: only for results under the 2x rule. Kernels built on this go through for_each_isa.h.
+// Elementwise functions are IEEE and give the same bits everywhere. `fma`, `sum` and `sum_each`
+// depend on the lane count or on fusing: only for results under the 2x rule. Kernels built on this
+// go through for_each_isa.h.
 #pragma once
 
 #include <immintrin.h>
@@ -17,25 +19,30 @@
 #include "llmqat/fast_math.h"
 
 // `return <namespace of the current instruction set>::call;`
-#define LLMQAT_DISPATCH_ISA(call)                        \
-  switch (::llmqat::cpu::current_isa()) {                \
+#define LLMQAT_DISPATCH_ISA(call)                             \
+  switch (::llmqat::cpu::current_isa()) {                     \
     case ::llmqat::cpu::Isa::avx512vnni: return avx512::call; \
-    case ::llmqat::cpu::Isa::avx2: return avx2::call;    \
-    default: return scalar::call;                        \
+    case ::llmqat::cpu::Isa::avx2: return avx2::call;         \
+    default: return scalar::call;                             \
   }
 
 namespace llmqat::cpu {
 
 // Column of one row of a KV cache as a float, before its scale.
-inline float cached_value(const int8_t* row, int64_t column) { return static_cast<float>(row[column]); }
+inline float cached_value(const int8_t* row, int64_t column) {
+  return static_cast<float>(row[column]);
+}
 inline float cached_value(const uint8_t* row, int64_t column) {
   const int nibble = (row[column / 2] >> (column % 2 * 4)) & 0xF;
   return static_cast<float>(nibble >= 8 ? nibble - 16 : nibble);
 }
 template <class T>
-float cached_value(const T* row, int64_t column) { return to_float(row[column]); }
+float cached_value(const T* row, int64_t column) {
+  return to_float(row[column]);
+}
 
-// ---- scalar ---------------------------------------------------------------------------------------
+// ---- scalar
+// ---------------------------------------------------------------------------------------
 
 namespace scalar {
 
@@ -62,17 +69,25 @@ inline F sum_each(const F* v) { return v[0]; }
 inline F load(const float* p) { return *p; }
 inline void store(float* p, F v) { *p = v; }
 template <class T>
-F load_first(const T* p, int64_t) { return to_float(*p); }
+F load_first(const T* p, int64_t) {
+  return to_float(*p);
+}
 template <class T>
-void store_first(T* p, int64_t, F v) { *p = from_float<T>(v); }
+void store_first(T* p, int64_t, F v) {
+  *p = from_float<T>(v);
+}
 template <class T>
-F round_as(F v) { return round_to<T>(v); }
+F round_as(F v) {
+  return round_to<T>(v);
+}
 template <class C>
-F load_cached(const C* row, int64_t column) { return cached_value(row, column); }
+F load_cached(const C* row, int64_t column) {
+  return cached_value(row, column);
+}
 
 inline U set_u(uint32_t v) { return v; }
 inline U iota_u(uint32_t first) { return first; }
-inline U xor_u(U a, U b) { return a ^ b; }
+inline U xor_u(U a, U b, U c) { return a ^ b ^ c; }
 inline U max_u(U a, U b) { return a > b ? a : b; }
 inline void store_u(uint32_t* p, U v) { *p = v; }
 inline uint32_t max_lane_u(U v) { return v; }
@@ -84,7 +99,8 @@ inline void multiply_u(U a, uint32_t b, U& high, U& low) {
 
 }  // namespace scalar
 
-// ---- AVX2 -----------------------------------------------------------------------------------------
+// ---- AVX2
+// -----------------------------------------------------------------------------------------
 
 #define LLMQAT_FN LLMQAT_TARGET_AVX2 inline
 namespace avx2 {
@@ -102,8 +118,10 @@ LLMQAT_FN F max(F a, F b) { return _mm256_max_ps(a, b); }
 LLMQAT_FN F horner(F p, F x, float c) { return add(mul(p, x), set(c)); }
 
 LLMQAT_FN F exp(F x) {
-  const F safe = _mm256_min_ps(_mm256_max_ps(x, set(kExpLow)), set(kExpHigh));  // NaN becomes kExpLow
-  const F n = _mm256_round_ps(mul(safe, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F safe =
+      _mm256_min_ps(_mm256_max_ps(x, set(kExpLow)), set(kExpHigh));  // NaN becomes kExpLow
+  const F n =
+      _mm256_round_ps(mul(safe, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const F r = sub(sub(safe, mul(n, set(kLn2Hi))), mul(n, set(kLn2Lo)));
   F p = horner(set(kExp6), r, kExp5);
   p = horner(p, r, kExp4);
@@ -111,7 +129,8 @@ LLMQAT_FN F exp(F x) {
   p = horner(p, r, kExp2);
   p = horner(p, r, 1.0f);
   p = horner(p, r, 1.0f);
-  const U power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  const U power =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   p = mul(p, _mm256_castsi256_ps(power));
   p = _mm256_andnot_ps(_mm256_cmp_ps(x, set(kExpLow), _CMP_LT_OQ), p);
   p = _mm256_blendv_ps(p, set(bits_float(kInfBits)), _mm256_cmp_ps(x, set(kExpHigh), _CMP_GT_OQ));
@@ -124,7 +143,8 @@ LLMQAT_FN F where_positive(F condition, F v) {
 
 LLMQAT_FN F first_or(F v, int64_t n, float other) {
   const U lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const U keep = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < kLanes ? n : kLanes)), lane);
+  const U keep =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < kLanes ? n : kLanes)), lane);
   return _mm256_blendv_ps(set(other), v, _mm256_castsi256_ps(keep));
 }
 
@@ -133,7 +153,9 @@ LLMQAT_FN bool any_finite(F v) {
   const F magnitude = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(kAbsMask)));
   return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, set(bits_float(kInfBits)), _CMP_LT_OQ)) != 0;
 }
-LLMQAT_FN bool any_greater(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+LLMQAT_FN bool any_greater(F a, F b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+}
 
 LLMQAT_FN float sum(F v) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -150,7 +172,8 @@ LLMQAT_FN float max_lane(F v) {
 LLMQAT_FN F add_pairs(F a, F b) { return add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
 LLMQAT_FN F add_quads(F a, F b) {
   const __m256d x = _mm256_castps_pd(a), y = _mm256_castps_pd(b);
-  return add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  return add(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+             _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
 }
 // Lane i is the sum of v[i]; kLanes vectors.
 LLMQAT_FN F sum_each(const F* v) {
@@ -185,17 +208,21 @@ LLMQAT_FN F round_as(F v) {
   const U u = _mm256_castps_si256(v);
   const U odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   const U up = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-  const F rounded = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  const F rounded =
+      _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))));
   return _mm256_blendv_ps(rounded, set(bits_float(0x7FC00000u)), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
 }
 
 template <class T>
-LLMQAT_FN F load_cached(const T* row, int64_t column) { return load(row + column); }
+LLMQAT_FN F load_cached(const T* row, int64_t column) {
+  return load(row + column);
+}
 LLMQAT_FN F load_cached(const int8_t* row, int64_t column) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + column));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
-// Byte to qword; its low word keeps the low nibble on top of x << 28, its high word gets the high one.
+// Byte to qword; its low word keeps the low nibble on top of x << 28, its high word gets the high
+// one.
 LLMQAT_FN F load_cached(const uint8_t* row, int64_t column) {
   int32_t four;
   std::memcpy(&four, row + column / 2, sizeof four);
@@ -208,7 +235,7 @@ LLMQAT_FN U set_u(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
 LLMQAT_FN U iota_u(uint32_t first) {
   return _mm256_add_epi32(set_u(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-LLMQAT_FN U xor_u(U a, U b) { return _mm256_xor_si256(a, b); }
+LLMQAT_FN U xor_u(U a, U b, U c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 LLMQAT_FN U max_u(U a, U b) { return _mm256_max_epu32(a, b); }
 LLMQAT_FN void store_u(uint32_t* p, U v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 LLMQAT_FN uint32_t max_lane_u(U v) {
@@ -218,7 +245,8 @@ LLMQAT_FN uint32_t max_lane_u(U v) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
 }
 LLMQAT_FN void multiply_u(U a, uint32_t b, U& high, U& low) {
-  const U even = _mm256_mul_epu32(a, set_u(b)), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), set_u(b));
+  const U even = _mm256_mul_epu32(a, set_u(b)),
+          odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), set_u(b));
   high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
   low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
 }
@@ -226,7 +254,8 @@ LLMQAT_FN void multiply_u(U a, uint32_t b, U& high, U& low) {
 }  // namespace avx2
 #undef LLMQAT_FN
 
-// ---- AVX-512 --------------------------------------------------------------------------------------
+// ---- AVX-512
+// --------------------------------------------------------------------------------------
 
 #define LLMQAT_FN LLMQAT_TARGET_AVX512 inline
 namespace avx512 {
@@ -246,8 +275,10 @@ LLMQAT_FN F load(const float* p) { return _mm512_loadu_ps(p); }
 LLMQAT_FN void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 
 LLMQAT_FN F exp(F x) {
-  const F safe = _mm512_min_ps(_mm512_max_ps(x, set(kExpLow)), set(kExpHigh));  // NaN becomes kExpLow
-  const F n = _mm512_roundscale_ps(mul(safe, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F safe =
+      _mm512_min_ps(_mm512_max_ps(x, set(kExpLow)), set(kExpHigh));  // NaN becomes kExpLow
+  const F n =
+      _mm512_roundscale_ps(mul(safe, set(kLog2e)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const F r = sub(sub(safe, mul(n, set(kLn2Hi))), mul(n, set(kLn2Lo)));
   F p = horner(set(kExp6), r, kExp5);
   p = horner(p, r, kExp4);
@@ -255,10 +286,12 @@ LLMQAT_FN F exp(F x) {
   p = horner(p, r, kExp2);
   p = horner(p, r, 1.0f);
   p = horner(p, r, 1.0f);
-  const U power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  const U power =
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
   p = mul(p, _mm512_castsi512_ps(power));
   p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, set(kExpLow), _CMP_LT_OQ), _mm512_setzero_ps());
-  p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, set(kExpHigh), _CMP_GT_OQ), set(bits_float(kInfBits)));
+  p = _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, set(kExpHigh), _CMP_GT_OQ),
+                         set(bits_float(kInfBits)));
   return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
 }
 
@@ -279,7 +312,8 @@ LLMQAT_FN float max_lane(F v) { return _mm512_reduce_max_ps(v); }
 LLMQAT_FN F add_pairs(F a, F b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
 LLMQAT_FN F add_quads(F a, F b) {
   const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
 // Adds neighbouring 128-bit quarters of (a, b).
 LLMQAT_FN F add_quarters(F a, F b) {
@@ -295,9 +329,13 @@ LLMQAT_FN F sum_each(const F* v) {
 
 // The first n values (all for n >= kLanes), 0 in the other lanes.
 template <class T>
-LLMQAT_FN F load_first(const T* p, int64_t n) { return load(p, lanes(n)); }
+LLMQAT_FN F load_first(const T* p, int64_t n) {
+  return load(p, lanes(n));
+}
 template <class T>
-LLMQAT_FN void store_first(T* p, int64_t n, F v) { store(p, lanes(n), v); }
+LLMQAT_FN void store_first(T* p, int64_t n, F v) {
+  store(p, lanes(n), v);
+}
 
 template <class T>
 LLMQAT_FN F round_as(F v) {
@@ -308,17 +346,22 @@ LLMQAT_FN F round_as(F v) {
   const U u = _mm512_castps_si512(v);
   const U odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const U up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  const F rounded = _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
-  return _mm512_mask_mov_ps(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), set(bits_float(0x7FC00000u)));
+  const F rounded =
+      _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+  return _mm512_mask_mov_ps(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                            set(bits_float(0x7FC00000u)));
 }
 
 template <class T>
-LLMQAT_FN F load_cached(const T* row, int64_t column) { return load(row + column, __mmask16{0xFFFF}); }
+LLMQAT_FN F load_cached(const T* row, int64_t column) {
+  return load(row + column, __mmask16{0xFFFF});
+}
 LLMQAT_FN F load_cached(const int8_t* row, int64_t column) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + column));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
-// Byte to qword; its low word keeps the low nibble on top of x << 28, its high word gets the high one.
+// Byte to qword; its low word keeps the low nibble on top of x << 28, its high word gets the high
+// one.
 LLMQAT_FN F load_cached(const uint8_t* row, int64_t column) {
   const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row + column / 2));
   const __m512i wide = _mm512_cvtepu8_epi64(eight);
@@ -328,16 +371,19 @@ LLMQAT_FN F load_cached(const uint8_t* row, int64_t column) {
 
 LLMQAT_FN U set_u(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
 LLMQAT_FN U iota_u(uint32_t first) {
-  return _mm512_add_epi32(set_u(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  return _mm512_add_epi32(set_u(first),
+                          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 }
-LLMQAT_FN U xor_u(U a, U b) { return _mm512_xor_si512(a, b); }
+LLMQAT_FN U xor_u(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 LLMQAT_FN U max_u(U a, U b) { return _mm512_max_epu32(a, b); }
 LLMQAT_FN void store_u(uint32_t* p, U v) { _mm512_storeu_si512(p, v); }
 LLMQAT_FN uint32_t max_lane_u(U v) { return _mm512_reduce_max_epu32(v); }
 LLMQAT_FN void multiply_u(U a, uint32_t b, U& high, U& low) {
-  const U even = _mm512_mul_epu32(a, set_u(b)), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), set_u(b));
-  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
-  low = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+  // Shuffles, not shifts: those would share the one port of the multiplier.
+  const U even = _mm512_mul_epu32(a, set_u(b));
+  const U odd = _mm512_mul_epu32(_mm512_shuffle_epi32(a, _MM_PERM_DDBB), set_u(b));
+  high = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  low = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
 }
 
 }  // namespace avx512

@@ -336,7 +336,7 @@ def _generation_config(model: nn.Module, folder: Path) -> None:
         return
     fields = read_json(folder, GENERATION_CONFIG)
     try:
-        model.generation_config = compat.generation_config(fields)  # type: ignore[assignment]
+        model.generation_config = compat.generation_config(fields)
     except Exception as error:  # transformers raises several classes for malformed fields
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise CheckpointError(f"{folder / GENERATION_CONFIG}: {reason}") from error

@@ -93,9 +93,7 @@ def save_pretrained(
         raise ConfigError(
             f"dtype: {dtype} is not supported; use float32, float16 or bfloat16, or None"
         )
-    target = Path(directory).absolute()
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"directory: {target} is a file; name a folder")
+    target = _target(directory)
     config = _config_json(model, dtype)
     tensors = _tensors(model, config, dtype)
     io.make_dir(target.parent)
@@ -111,9 +109,22 @@ def save_pretrained(
     return target
 
 
+def _target(directory: str | os.PathLike[str]) -> Path:
+    """The folder to replace: no link, and nothing that cannot be renamed."""
+    target = Path(directory).resolve()
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"directory: {target} is a file; name a folder")
+    if target.is_mount() or Path.cwd().is_relative_to(target):
+        raise ConfigError(
+            f"directory: {target} is a mount point or holds the current directory; name a folder"
+            " inside it"
+        )
+    return target
+
+
 def _config_json(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
     find_family(model)
-    fields = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr]
+    fields = json.loads(model.config.to_json_string(use_diff=False))
     for key in ("quantization_config", "_name_or_path", "llmqat"):
         fields.pop(key, None)
     state = state_of(model)
@@ -264,6 +275,6 @@ def _keep_foreign(old: Path, target: Path) -> None:
             SINGLE,
             MANIFEST,
         ) or SHARD_NAME.fullmatch(entry.name)
-        if not owned and not (target / entry.name).exists():
+        if not owned and not os.path.lexists(target / entry.name):
             os.rename(entry, target / entry.name)
     io.fsync_dir(target)

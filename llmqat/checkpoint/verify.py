@@ -53,7 +53,7 @@ def verify_export(
         if other.dtype != mine.dtype or not _same_bits(other, mine):
             raise CheckpointError(f"{directory}: {name} differs from the model's; export it again")
     if tokens is None:
-        vocab = model.config.vocab_size  # type: ignore[union-attr]
+        vocab = model.config.vocab_size
         tokens = (torch.arange(32, dtype=torch.int64) * 7919 % vocab).view(2, 16)
     device = next(model.parameters()).device
     was_training = model.training

@@ -12,10 +12,11 @@ from typing import Any
 from llmqat.checkpoint import save_pretrained, verify_export
 from llmqat.checkpoint.load import inspect
 from llmqat.config import QATConfig
-from llmqat.convert import PACKED, convert, state_of
+from llmqat.convert import convert
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
 from llmqat.runtime.loading import has_tokenizer, load_model, parse_device, parse_dtype
+from llmqat.state import PACKED, state_of
 
 BYTES_PER_BF16 = 2
 MIB = 2**20

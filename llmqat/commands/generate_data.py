@@ -27,6 +27,8 @@ from llmqat.runtime.loading import (
     stop_ids,
 )
 
+MIB = 2**20
+
 
 @dataclass
 class GenerateDataArguments:
@@ -111,6 +113,11 @@ def run(arguments: GenerateDataArguments) -> None:
     del model  # the engine holds the weights in its own layout
     if engine.kv_bits < 16:
         _say(f"--kv-bits {engine.kv_bits}: approximate, not what the full-precision teacher writes")
+    weights = sum(engine.weight_bytes.values())
+    _say(
+        f"{engine.max_slots} slots on {device}, weights {weights / MIB:.0f} MiB,"
+        f" KV cache {engine.cache_bytes / MIB:.0f} MiB, backend {_backend(engine)}"
+    )
     first_tokens = usable_first_tokens(engine.vocab_size, tokenizer, stops)
     config = {
         "teacher_sha256": teacher_digest(a.model),
@@ -120,7 +127,7 @@ def run(arguments: GenerateDataArguments) -> None:
             "torch": torch.__version__,
             "teacher": Path(a.model).resolve().name,
             "device": device.type,
-            "backend": "+".join(sorted(set(engine.backends().values()))),
+            "backend": _backend(engine),
         },
     }
     with RecordWriter(
@@ -138,7 +145,7 @@ def run(arguments: GenerateDataArguments) -> None:
             "seconds": summary.seconds,
             "tokens_per_second": summary.tokens_per_second,
             "finish_reasons": summary.finish_reasons,
-            "weight_bytes": sum(engine.weight_bytes.values()),
+            "weight_bytes": weights,
             "cache_bytes": engine.cache_bytes,
         }
     if summary.errors:
@@ -176,6 +183,10 @@ def teacher_digest(directory: str) -> str:
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         total.update(f"{path.name} {io.sha256_file(path)}\n".encode())
     return total.hexdigest()
+
+
+def _backend(engine: Engine) -> str:
+    return "+".join(sorted(set(engine.backends().values())))
 
 
 def _say(message: str) -> None:

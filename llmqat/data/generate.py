@@ -244,12 +244,8 @@ def fill(
     missing = writer.missing()
     reasons: Counter[str] = Counter()
     begin, chosen = time.perf_counter(), 0
-    with tqdm(
-        total=len(missing) * (recipe.max_len - 1),
-        unit="tok",
-        desc="generate-data",
-        disable=not progress,
-    ) as bar:
+    bound = len(missing) * (recipe.max_len - 1)  # exact once the records that end early are known
+    with tqdm(total=bound, unit="tok", desc="generate-data", disable=not progress) as bar:
 
         def count(tokens: int) -> None:
             nonlocal chosen
@@ -261,8 +257,8 @@ def fill(
         ):
             writer.write(ended)
             reasons.update(record.finish_reason for record in ended)
-            # The total is an upper bound until the records that end early are known.
-            bar.total -= sum(recipe.max_len - record.length for record in ended)
+            bound -= sum(recipe.max_len - record.length for record in ended)
+            bar.total = bound
             errors = f", {reasons['error']} errors" if reasons["error"] else ""
             bar.set_postfix_str(f"{writer.stored}/{writer.total} records{errors}", refresh=False)
     return Summary(sum(reasons.values()), chosen, time.perf_counter() - begin, dict(reasons))

@@ -53,7 +53,7 @@ def set_attention(model: nn.Module, name: str) -> None:
 
 def attention_name(model: nn.Module) -> str | None:
     """The attention function that the model uses."""
-    return model.config._attn_implementation  # type: ignore[union-attr]
+    return model.config._attn_implementation
 
 
 def own_config(model: nn.Module) -> None:

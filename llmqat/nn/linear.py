@@ -132,7 +132,7 @@ class QATLinear(nn.Linear):
                 f"group_size: {group} does not divide the {linear.in_features} input columns"
             )
         linear.__class__ = cls
-        adopted: QATLinear = linear  # type: ignore[assignment]
+        adopted: QATLinear = linear
         adopted.spec = spec
         adopted._cached = None
         return adopted

@@ -73,7 +73,8 @@ class Engine:
         model: its weights are copied into the backend's layout (except an embedding that needs no
             change); the model is not changed and may be dropped afterwards.
         max_slots: sequences that run at one time.
-        max_len: tokens per sequence, at most the model's positions; None takes 2048 or, if fewer, those.
+        max_len: tokens per sequence, at most the model's positions; None takes 2048 or, if fewer,
+            those.
         kv_bits: 4, 8 or 16; None takes the model's own setting (16 for a plain model).
         kv_mode: ``paper`` or ``serving``; None takes the model's own setting (``paper`` for a plain
             model).
@@ -110,7 +111,8 @@ class Engine:
             )
         weights, quantization = self.weights, self.weights.quantization
         self.device = weights.embedding.device
-        self.max_slots, self.max_len = max_slots, max_len
+        self.max_slots: int = max_slots
+        self.max_len: int = max_len
         self.vocab_size: int = weights.head.n
         self.kv_bits = min(quantization.kv_bits if kv_bits is None else kv_bits, 16)
         self.kv_mode = quantization.kv_mode if kv_mode is None else kv_mode

@@ -74,7 +74,7 @@ def load_tokenizer(directory: StrPath) -> Any:
         raise CheckpointError(f"{directory}: the tokenizer cannot be read: {reason}") from error
 
 
-def load_model(directory: StrPath, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+def load_model(directory: StrPath, *, dtype: torch.dtype | None, device: torch.device) -> Any:
     """A plain, prepared or packed model in eval mode (strict: ``llmqat.from_pretrained``)."""
     return from_pretrained(directory, dtype=dtype, device=device)
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import llmqat_kernels as qk
 from llmqat.config import QATConfig, QuantSpec
-from llmqat.convert import state_of
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_blocks
 from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.state import state_of
 from llmqat_kernels.errors import InvalidArgument
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")

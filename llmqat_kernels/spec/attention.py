@@ -11,16 +11,25 @@ from .rope import rotate
 
 
 def cached_rows(
-    codes: Tensor, scale: Tensor, slot: int, length: int, head_dim: int, bits: int, pre_rope: bool, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    slot: int,
+    length: int,
+    head_dim: int,
+    bits: int,
+    pre_rope: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The first ``length`` tokens of one slot of a cache, dequantized: [Hkv, length, D] in ``dtype`` (spec 9)."""
+    """Tokens 0..length-1 of one slot of a cache, dequantized to ``dtype``: [Hkv, length, D] (spec 9)."""
     rows = codes[slot, :, :length]
     if bits not in QUANTIZED_BITS:
         return rows.to(dtype)
     if rows.dtype == torch.uint8:
         rows = unpack_int4(rows, head_dim)
     # The paper's mode has one scale per token, shared by the heads.
-    scales = scale[slot, :length].expand(rows.shape[0], length) if pre_rope else scale[slot, :, :length]
+    scales = (
+        scale[slot, :length].expand(rows.shape[0], length) if pre_rope else scale[slot, :, :length]
+    )
     return dequantize(rows, scales, -1, dtype)
 
 
@@ -38,10 +47,11 @@ def attention_decode(
     bits: int,
     pre_rope: bool,
 ) -> Tensor:
-    """Query i of q [n, H, D] attends to tokens 0..lengths[i]-1 of slot slots[i] -> [n, H, D] (spec 9).
+    """Query i of q [n, H, D] over tokens 0..lengths[i]-1 of slot slots[i] -> [n, H, D] (spec 9).
 
-    Head h reads KV head ``h // (H / Hkv)``. Scores, softmax and sums are fp32; the result has q's dtype.
-    A length of 0 gives 0. Several queries may share a slot: with lengths 1, 2, 3, ... this is causal prefill.
+    Head h reads KV head ``h // (H / Hkv)``. Scores, softmax and sums are fp32; the result has q's
+    dtype. A length of 0 gives 0. Several queries may share a slot: with lengths 1, 2, 3, ... this
+    is causal prefill.
     """
     out = torch.zeros_like(q)
     heads, head_dim = q.shape[1:]

@@ -13,9 +13,9 @@ SoftCrossEntropy = Callable[[Tensor, Tensor, "Tensor | None", float], Tensor]
 def soft_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, valid: Tensor | None, inv_n: float
 ) -> Tensor:
-    """Loss of one chunk, fp32 []; ``student_logits`` fp32 [C, V] becomes its own gradient (spec 10).
+    """Loss of a chunk, fp32 []; ``student_logits`` fp32 [C, V] becomes its own gradient (spec 10).
 
-    ``teacher_logits`` fp32 [C, V], ``valid`` bool [C] or None (all), ``inv_n`` the weight of a token.
+    ``teacher_logits`` fp32 [C, V], ``valid`` bool [C] or None, ``inv_n`` the weight of a token.
     """
     student = torch.log_softmax(student_logits, dim=-1)
     teacher = torch.softmax(teacher_logits, dim=-1)
@@ -41,7 +41,7 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss fp32 [], grad_student_hidden [n, K], grad_student_head [V, K]) (spec 10).
 
-    student_hidden [n, K] with student_head [V, K]; teacher_hidden [n, K'] with teacher_head [V, K'];
+    student_hidden [n, K], student_head [V, K], teacher_hidden [n, K'], teacher_head [V, K'];
     ``valid`` bool [n] or None. The loss is the mean over valid tokens (0 if none). Only
     [chunk_size, V] logits exist at a time. ``chunk_loss`` is the pass over one chunk of logits; a
     backend may bring a fused one.
@@ -56,7 +56,9 @@ def distillation_loss(
         hidden = student_hidden[rows]
         logits = (hidden @ student_head.T).to(torch.float32)
         teacher_logits = (teacher_hidden[rows] @ teacher_head.T).to(torch.float32)
-        loss += chunk_loss(logits, teacher_logits, None if valid is None else valid[rows], 1.0 / count)
+        loss += chunk_loss(
+            logits, teacher_logits, None if valid is None else valid[rows], 1.0 / count
+        )
         gradient = logits.to(student_hidden.dtype)
         grad_hidden[rows] = gradient @ student_head
         grad_head += (gradient.T @ hidden).to(torch.float32)

@@ -66,7 +66,7 @@ def exp(x: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """Natural logarithm of positive normal fp32 ``x``, same shape (spec 13); other values: unspecified."""
+    """Natural logarithm of fp32 ``x``, which must be positive and normal; same shape (spec 13)."""
     bits = x.contiguous().view(torch.int32)
     e = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (e << 23)).view(torch.float32) - _fp32(1.0, x)
@@ -80,7 +80,7 @@ def log(x: Tensor) -> Tensor:
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum of fp32 rows [..., K] -> [...] in the one order every backend uses (spec 11); 0 if K is 0."""
+    """Sum of fp32 rows [..., K] -> [...], in the order every backend uses (spec 11); 0 if K is 0."""
     length = x.shape[-1]
     if length == 0:
         return x.new_zeros(x.shape[:-1])

@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.float32)
     total = tree_sum(wide * wide)
     mean = torch.div(total, torch.full_like(total, float(x.shape[-1])))
-    # torch.sqrt of fp32 is off by an ulp at times; through fp64 it is correctly rounded (53 >= 2 * 24 + 2).
+    # torch.sqrt of fp32 is off by an ulp at times; through fp64 it is correctly rounded.
     root = torch.sqrt((mean + torch.full_like(mean, eps)).to(torch.float64)).to(torch.float32)
     r = torch.div(torch.ones_like(root), root)
     normed = (wide * r.unsqueeze(-1)).to(x.dtype).to(torch.float32)
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, bits: int, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``quantize(rms_norm(x + residual))`` -> (codes [..., K], scale [...], sum [..., K]) (spec 12).
+    """``quantize(rms_norm(x + residual))`` -> (codes [..., K], scale [...], sum [..., K]); spec 12.
 
     The third result is ``x + residual`` in x's dtype, which the next block adds to; without a
     residual it is an empty tensor of shape [0].
@@ -42,7 +42,7 @@ def rms_norm_quantize(
 def rms_norm_quantize_train(
     x: Tensor, weight: Tensor, eps: float, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training form: (y [..., K], codes [..., K], scale [...]); y is kept for the gradient (spec 12)."""
+    """Training form: (y [..., K], codes [..., K], scale [...]), y for the gradient (spec 12)."""
     y = rms_norm(x, weight, eps)
     codes, scale = quantize(y, bits)
     return y, codes, scale

@@ -20,7 +20,9 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return carry >> 16, ((carry & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of int64 tensors holding 32-bit words -> four such tensors (spec 15)."""
     c0, c1, c2, c3 = counter
     key0, key1 = seed & MASK32, (seed >> 32) & MASK32
@@ -35,7 +37,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 def uniform(record: Tensor, step: Tensor, vocabulary: int, seed: int) -> Tensor:
     """Uniform fp32 numbers in (0, 1), [n, vocabulary], for record, step int64 [n] (spec 15)."""
     quads = (vocabulary + 3) // 4
-    index = torch.arange(quads, dtype=torch.int64, device=record.device).expand(record.shape[0], quads)
+    index = torch.arange(quads, dtype=torch.int64, device=record.device).expand(
+        record.shape[0], quads
+    )
     words = philox(
         (
             index,

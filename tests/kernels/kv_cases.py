@@ -21,15 +21,21 @@ def poison(tensor, kind: str, seed: int = 0):
         return tensor.zero_()
     if kind == "random":
         raw = tensor.view(torch.uint8)
-        return raw.copy_(torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=generator(seed))).view(tensor.dtype)
-    return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x80 - 256 * (tensor.dtype == torch.int8))
+        return raw.copy_(
+            torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=generator(seed))
+        ).view(tensor.dtype)
+    return tensor.fill_(
+        float("nan") if tensor.is_floating_point() else 0x80 - 256 * (tensor.dtype == torch.int8)
+    )
 
 
 def empty_cache(slots, heads, tokens, head_dim, bits, mode, kind="nan", float_dtype=torch.float32):
     """(k_codes, k_scale, v_codes, v_scale), poisoned."""
     width = head_dim // 2 if bits == 4 else head_dim
     code_dtype = float_dtype if bits == 16 else CODE_DTYPE[bits]
-    scale_shape = (0,) if bits == 16 else (slots, tokens) if mode == "paper" else (slots, heads, tokens)
+    scale_shape = (
+        (0,) if bits == 16 else (slots, tokens) if mode == "paper" else (slots, heads, tokens)
+    )
     made = []
     for i in range(2):
         made.append(poison(torch.empty(slots, heads, tokens, width, dtype=code_dtype), kind, i))

@@ -1,4 +1,4 @@
-"""attention_decode: spec 9, against float64 by the 2x rule, and its exact properties on every instruction set."""
+"""attention_decode: spec 9, against float64 by the 2x rule, and what is exact about it."""
 
 import pytest
 import torch
@@ -20,7 +20,16 @@ def case(bits, mode, head_dim, dtype, repeats=3, lengths=(70, 1, 0, 129), tokens
     order = torch.randperm(len(lengths), generator=generator(1))
     q = torch.randn(len(lengths), KV_HEADS * repeats, head_dim, generator=generator(2)).to(dtype)
     own = torch.tensor(lengths)[order]
-    return [q, *cache, *tables(tokens, head_dim), order, own, head_dim**-0.5, bits, mode == "paper" and bits != 16]
+    return [
+        q,
+        *cache,
+        *tables(tokens, head_dim),
+        order,
+        own,
+        head_dim**-0.5,
+        bits,
+        mode == "paper" and bits != 16,
+    ]
 
 
 def exact(args):
@@ -85,14 +94,18 @@ def test_grouped_query_heads(isa, repeats):
 
 def test_more_query_heads_than_one_call_takes(isa):
     args = case(8, "serving", 16, torch.float32, repeats=70, lengths=(5, 0, 2, 3), tokens=8)
-    assert_within_ratio(native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0)
+    assert_within_ratio(
+        native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0
+    )
 
 
 @pytest.mark.parametrize("head_dim", [2, 18, 32, 40, 80, 96, 256])
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_any_even_head_dim(isa, bits, head_dim):
     args = case(bits, "paper", head_dim, torch.float32, lengths=(33, 1, 2, 64))
-    assert_within_ratio(native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0)
+    assert_within_ratio(
+        native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0
+    )
 
 
 @pytest.mark.parametrize("float_dtype", [torch.bfloat16, torch.float16])
@@ -100,7 +113,9 @@ def test_any_even_head_dim(isa, bits, head_dim):
 def test_float_caches_of_half_width(isa, float_dtype, head_dim):
     args = case(16, "serving", head_dim, torch.float32)
     args[1], args[3] = args[1].to(float_dtype), args[3].to(float_dtype)
-    assert_within_ratio(native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0)
+    assert_within_ratio(
+        native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,16 +123,21 @@ def test_float_caches_of_half_width(isa, float_dtype, head_dim):
 @pytest.mark.parametrize("head_dim", [6, 64])
 def test_bytes_beyond_the_length_change_no_bit(isa, bits, mode, head_dim):
     lengths = (70, 1, 0, 129)
-    results = [native.attention_decode(*case(bits, mode, head_dim, torch.float32, kind=k)) for k in ("zero", "nan", "random")]
+    results = [
+        native.attention_decode(*case(bits, mode, head_dim, torch.float32, kind=k))
+        for k in ("zero", "nan", "random")
+    ]
     assert results[0].isfinite().all()
     for result in results[1:]:
         assert_same_bits(result, results[0])
-    assert (results[0][torch.randperm(4, generator=generator(1)) == 2] == 0).all() and lengths[2] == 0
+    assert (results[0][torch.randperm(4, generator=generator(1)) == 2] == 0).all() and lengths[
+        2
+    ] == 0
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_prefill_shares_a_slot_and_each_query_is_as_alone(isa, bits):
-    """Lengths 1, 2, 3, ... of one slot are causal prefill; later tokens, even NaN ones, stay unseen."""
+    """Lengths 1, 2, 3, ... of one slot are causal prefill; later tokens stay unseen, NaN or not."""
     n = 75
     args = case(bits, "paper", 64, torch.float32, lengths=(n,), tokens=n)
     q = torch.randn(n, 6, 64, generator=generator(3))
@@ -128,7 +148,9 @@ def test_prefill_shares_a_slot_and_each_query_is_as_alone(isa, bits):
         for t in cache:
             if t.numel():
                 poison(t[:, i + 1 :] if t.dim() == 2 else t[:, :, i + 1 :], "nan")
-        alone = native.attention_decode(q[i : i + 1], *cache, *args[5:7], slots[:1], lengths[i : i + 1], *args[9:])
+        alone = native.attention_decode(
+            q[i : i + 1], *cache, *args[5:7], slots[:1], lengths[i : i + 1], *args[9:]
+        )
         assert_same_bits(together[i : i + 1], alone, f"query {i}")
 
 
@@ -160,13 +182,19 @@ def test_a_poisoned_token_within_the_length_shows(isa, mode):
 def test_large_scores_do_not_overflow(isa):
     args = case(16, "serving", 64, torch.float32, lengths=(100,), tokens=100)
     args[1] *= 1000
-    assert_within_ratio(native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0)
+    assert_within_ratio(
+        native.attention_decode(*args), spec.attention_decode(*args), exact(args), 2.0
+    )
 
 
 def test_empty_batch(isa):
     args = case(8, "paper", 64, torch.float32)
     none = torch.zeros(0, dtype=torch.int64)
-    assert native.attention_decode(args[0][:0], *args[1:7], none, none, *args[9:]).shape == (0, 6, 64)
+    assert native.attention_decode(args[0][:0], *args[1:7], none, none, *args[9:]).shape == (
+        0,
+        6,
+        64,
+    )
 
 
 def test_bad_arguments_name_the_argument(isa):

@@ -16,7 +16,12 @@ def inputs(tokens=13, vocabulary=300, dtype=torch.float32):
     g = generator(0)
     return tuple(
         (torch.randn(*shape, generator=g) * scale).to(dtype)
-        for shape, scale in (((tokens, 24), 1), ((vocabulary, 24), 0.5), ((tokens, 40), 1), ((vocabulary, 40), 0.4))
+        for shape, scale in (
+            ((tokens, 24), 1),
+            ((vocabulary, 24), 0.5),
+            ((tokens, 40), 1),
+            ((vocabulary, 40), 0.4),
+        )
     )
 
 
@@ -72,7 +77,9 @@ def test_native_is_as_accurate_as_plain_torch(isa):
 def test_chunks_do_not_matter(isa, op, chunk_size):
     args = inputs()
     valid = torch.rand(13, generator=generator(2)) > 0.3
-    for a, b in zip(op_named(op)(*args, valid, chunk_size), op_named(op)(*args, valid, 1000), strict=True):
+    for a, b in zip(
+        op_named(op)(*args, valid, chunk_size), op_named(op)(*args, valid, 1000), strict=True
+    ):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -92,7 +99,9 @@ def test_invalid_tokens_may_hold_anything(isa, op):
     clean = op_named(op)(*args, valid)
     teacher_hidden = args[2].clone()
     teacher_hidden[4] = float("nan")
-    for a, b in zip(op_named(op)(args[0], args[1], teacher_hidden, args[3], valid), clean, strict=True):
+    for a, b in zip(
+        op_named(op)(args[0], args[1], teacher_hidden, args[3], valid), clean, strict=True
+    ):
         assert_same_bits(a, b)
     assert not clean[1][4].any()
 
@@ -108,7 +117,10 @@ def test_padded_vocabulary(isa, op, vocabulary):
     alone = student.clone()
     want = pass_named(op)(alone, teacher, None, 1 / 3)
     assert torch.allclose(loss, want, rtol=1e-6, atol=1e-7)
-    assert torch.allclose(padded[:, :vocabulary], alone, rtol=1e-6, atol=1e-8) and not padded[:, vocabulary:].any()
+    assert (
+        torch.allclose(padded[:, :vocabulary], alone, rtol=1e-6, atol=1e-8)
+        and not padded[:, vocabulary:].any()
+    )
 
 
 @OPS

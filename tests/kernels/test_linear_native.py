@@ -1,4 +1,4 @@
-"""quantized_linear and qat_linear: quantize the rows, then the product; A16 is the float product."""
+"""quantized_linear and qat_linear: quantize rows, then the product; A16 is the float product."""
 
 from __future__ import annotations
 

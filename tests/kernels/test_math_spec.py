@@ -41,7 +41,9 @@ def test_exp_is_monotonic_across_exponents():
 
 
 def test_log_is_accurate():
-    bits = torch.randint(0x00800000, 0x7F800000, (300_000,), dtype=torch.int32, generator=generator(0))
+    bits = torch.randint(
+        0x00800000, 0x7F800000, (300_000,), dtype=torch.int32, generator=generator(0)
+    )
     x = bits.view(torch.float32)
     assert ulps(log(x), torch.log(x.double())) <= 2
     for low, high in ((0.5, 2.0), (0.999, 1.001)):

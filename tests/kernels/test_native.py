@@ -184,6 +184,9 @@ def test_backward_mask(isa, dtype):
     grad = torch.arange(1, 10).to(dtype)
     assert_same(OPS.fake_quantize_backward(grad, x, None), grad)
     assert_same(OPS.fake_quantize_backward(grad, x, 2.0), spec.fake_quantize_backward(grad, x, 2.0))
+    for clip in (0.0, -1.0, 1.9900001, 2.0000002, 1e30, 1e-30, float("inf"), float("nan")):
+        want = spec.fake_quantize_backward(grad, x, clip)
+        assert_same(OPS.fake_quantize_backward(grad, x, clip), want)
     kept = OPS.fake_quantize_backward(grad, x, 2.0) != 0
     assert kept.tolist() == [False, False, True, True, True, False, False, False, False]
 

@@ -1,11 +1,18 @@
-"""rms_norm, rms_norm_quantize and the training form: spec 12, the formula and every instruction set against it."""
+"""rms_norm, rms_norm_quantize and the training form: spec 12, and every backend against it."""
 
 import pytest
 import torch
 
 from llmqat_kernels.spec import norm as spec
 from llmqat_kernels.spec.quantize import quantize
-from llmqat_kernels.testing import DTYPES, ROW_LENGTHS, assert_same_bits, generator, layouts, special_rows
+from llmqat_kernels.testing import (
+    DTYPES,
+    ROW_LENGTHS,
+    assert_same_bits,
+    generator,
+    layouts,
+    special_rows,
+)
 
 native = torch.ops.llmqat_cpu
 EPS = 1e-5
@@ -23,7 +30,10 @@ def test_hand_written_numbers():
         torch.tensor([[1.0, 1.0]]), torch.tensor([2.0, 0.5]), 3.5, 4, torch.tensor([[2.0, 3.0]])
     )
     assert total.tolist() == [[3.0, 4.0]]
-    assert codes.tolist() == [[7, 2]] and scale.item() == torch.div(torch.tensor(1.5), torch.tensor(7.0)).item()
+    assert (
+        codes.tolist() == [[7, 2]]
+        and scale.item() == torch.div(torch.tensor(1.5), torch.tensor(7.0)).item()
+    )
 
 
 @pytest.mark.parametrize("columns", [1, 7, 576, 2048])

@@ -38,7 +38,9 @@ def test_native_rope_equals_spec(isa, dtype, head_dim):
     positions = torch.randint(0, 50, (20,), generator=generator(2))
     want = spec.rope(x, cos, sin, positions)
     assert_same_bits(native.rope(x, cos, sin, positions), want)
-    assert_same_bits(native.rope(x.transpose(0, 1).contiguous().transpose(0, 1), cos, sin, positions), want)
+    assert_same_bits(
+        native.rope(x.transpose(0, 1).contiguous().transpose(0, 1), cos, sin, positions), want
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,7 +102,9 @@ def test_a_poisoned_token_is_nan_and_alone(isa, mode):
     k, v = torch.randn(2, 3, 2, 8, generator=generator(5))
     k[1, 0, 3] = float("nan")
     rows = torch.arange(3)
-    native.rope_quantize_append(k, v, cos, sin, *cache, torch.zeros_like(rows), rows, 8, mode == "paper")
+    native.rope_quantize_append(
+        k, v, cos, sin, *cache, torch.zeros_like(rows), rows, 8, mode == "paper"
+    )
     scales = cache[1][0] if mode == "paper" else cache[1][0, 0]
     assert scales.isnan().tolist() == [False, True, False]
     assert (cache[0][0, 0, 1] == 0).all() and cache[3].isfinite().all()

@@ -1,4 +1,4 @@
-"""sample: spec 15 and 16, the generator, the distribution, and every instruction set against the formula."""
+"""sample: spec 15 and 16, the generator, the distribution, and every backend against them."""
 
 import math
 
@@ -39,7 +39,9 @@ def test_philox_known_answers(counter, seed, words):
 def test_uniforms_are_exact_and_inside_the_interval():
     u = spec.uniform(torch.tensor([5]), torch.tensor([0]), 100_000, 1)
     assert u.min() >= 2.0**-24 and u.max() <= 1 - 2.0**-24
-    assert torch.equal(u.double() * 2**24 % 2, torch.ones_like(u, dtype=torch.float64))  # odd multiples of 2^-24
+    assert torch.equal(
+        u.double() * 2**24 % 2, torch.ones_like(u, dtype=torch.float64)
+    )  # odd multiples of 2^-24
     assert abs(u.mean().item() - 0.5) < 0.005
 
 
@@ -53,9 +55,25 @@ def test_record_and_step_use_all_their_words():
     logits = torch.zeros(1, 5000)
     base = {"record": 5, "step": 3, "seed": 7}
     tokens = {int(draw(spec.sample, logits, torch.tensor([5]), torch.tensor([3])))}
-    for name, value in (("record", 6), ("record", 5 + 2**32), ("step", 4), ("seed", 8), ("seed", 7 + 2**32)):
+    for name, value in (
+        ("record", 6),
+        ("record", 5 + 2**32),
+        ("step", 4),
+        ("seed", 8),
+        ("seed", 7 + 2**32),
+    ):
         case = {**base, name: value}
-        tokens.add(int(draw(spec.sample, logits, torch.tensor([case["record"]]), torch.tensor([case["step"]]), seed=case["seed"])))
+        tokens.add(
+            int(
+                draw(
+                    spec.sample,
+                    logits,
+                    torch.tensor([case["record"]]),
+                    torch.tensor([case["step"]]),
+                    seed=case["seed"],
+                )
+            )
+        )
     assert len(tokens) == 6
 
 
@@ -82,19 +100,24 @@ def test_rows_without_a_token(isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 3, 4, 63, 64, 65, 1000, 5003])
 def test_native_equals_spec(isa, dtype, vocabulary):
-    logits = torch.randn(40, vocabulary, generator=generator(vocabulary)) * torch.linspace(0, 8, 40)[:, None]
+    logits = (
+        torch.randn(40, vocabulary, generator=generator(vocabulary))
+        * torch.linspace(0, 8, 40)[:, None]
+    )
     logits = logits.to(dtype)
     record = torch.randint(-(2**62), 2**62, (40,), generator=generator(1))
     step = torch.randint(0, 2**31, (40,), generator=generator(2))
     for temperature in (0.3, 1.0, 2.5):
         for top_k in (0, 1, 2, 50, vocabulary):
             args = (logits, record, step, False, -12345, temperature, top_k)
-            assert_same_bits(draw(native.sample, *args), draw(spec.sample, *args), f"T={temperature}, k={top_k}")
+            assert_same_bits(
+                draw(native.sample, *args), draw(spec.sample, *args), f"T={temperature}, k={top_k}"
+            )
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6, -3e7, 1e30])
 def test_pruning_is_exact_where_scores_round_coarsely(isa, offset):
-    """At large offsets a unit in the last place of the score exceeds the noise: ties go to the first index."""
+    """At large offsets a score's last place exceeds the noise: ties go to the first index."""
     logits = torch.randn(200, 300, generator=generator(3)) * 2 + offset
     assert_same_bits(draw(native.sample, logits), draw(spec.sample, logits))
 
@@ -120,9 +143,14 @@ def test_result_does_not_depend_on_the_batch(isa):
     record, step = torch.arange(100, 130), torch.arange(30)
     together = draw(native.sample, logits, record, step)
     order = torch.randperm(30, generator=generator(7))
-    assert_same_bits(draw(native.sample, logits[order], record[order], step[order]), together[order])
+    assert_same_bits(
+        draw(native.sample, logits[order], record[order], step[order]), together[order]
+    )
     for i in (0, 13, 29):
-        assert_same_bits(draw(native.sample, logits[i : i + 1], record[i : i + 1], step[i : i + 1]), together[i : i + 1])
+        assert_same_bits(
+            draw(native.sample, logits[i : i + 1], record[i : i + 1], step[i : i + 1]),
+            together[i : i + 1],
+        )
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 0), (0.7, 0), (1.0, 5)])
@@ -152,7 +180,11 @@ def test_mixed_greedy_rows(isa):
 
 
 def test_bad_arguments_name_the_argument(isa):
-    logits, n, flags = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    logits, n, flags = (
+        torch.zeros(2, 5),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.bool),
+    )
     for message, args in {
         "logits": (logits[0], n, n, flags, 0),
         "record": (logits, n[:1], n, flags, 0),

@@ -1,24 +1,35 @@
-"""silu_mul, silu_mul_quantize and the training form: spec 14, the formula and every instruction set against it."""
+"""silu_mul, silu_mul_quantize and the training form: spec 14, and every backend against it."""
 
 import pytest
 import torch
 
 from llmqat_kernels.spec import activation as spec
-from llmqat_kernels.testing import DTYPES, ROW_LENGTHS, assert_same_bits, generator, layouts, special_rows
+from llmqat_kernels.testing import (
+    DTYPES,
+    ROW_LENGTHS,
+    assert_same_bits,
+    generator,
+    layouts,
+    special_rows,
+)
 
 native = torch.ops.llmqat_cpu
 INF, NAN = float("inf"), float("nan")
 
 
 def test_hand_written_numbers():
-    y = spec.silu_mul(torch.tensor([0.0, 100.0, -100.0, -3e38, 3e38]), torch.tensor([5.0, 0.5, 2.0, 1.0, 1.0]))
+    y = spec.silu_mul(
+        torch.tensor([0.0, 100.0, -100.0, -3e38, 3e38]), torch.tensor([5.0, 0.5, 2.0, 1.0, 1.0])
+    )
     assert y.tolist() == [0.0, 50.0, 0.0, 0.0, torch.tensor(3e38).item()]
 
 
 def test_infinities_and_nan_follow_plain_torch():
     gate = torch.tensor([INF, -INF, NAN, 1.0, 0.0])
     up = torch.tensor([1.0, 1.0, 1.0, NAN, INF])
-    assert_same_bits(spec.silu_mul(gate, up).isfinite(), (torch.nn.functional.silu(gate) * up).isfinite())
+    assert_same_bits(
+        spec.silu_mul(gate, up).isfinite(), (torch.nn.functional.silu(gate) * up).isfinite()
+    )
     assert spec.silu_mul(gate, up)[0].item() == INF
 
 
@@ -44,14 +55,19 @@ def test_native_equals_spec(isa, dtype, columns):
     for bits in (8, 4):
         for got, want in (
             (native.silu_mul_quantize(gate, up, bits), spec.silu_mul_quantize(gate, up, bits)),
-            (native.silu_mul_quantize_train(gate, up, bits), spec.silu_mul_quantize_train(gate, up, bits)),
+            (
+                native.silu_mul_quantize_train(gate, up, bits),
+                spec.silu_mul_quantize_train(gate, up, bits),
+            ),
         ):
             for a, b in zip(got, want, strict=True):
                 assert_same_bits(a, b)
 
 
 def test_native_equals_spec_over_the_range_of_exp(isa):
-    gate = torch.cat((torch.linspace(-95, 95, 200_000), torch.tensor([INF, -INF, NAN, 0.0, -0.0, -88.0, 87.0])))
+    gate = torch.cat(
+        (torch.linspace(-95, 95, 200_000), torch.tensor([INF, -INF, NAN, 0.0, -0.0, -88.0, 87.0]))
+    )
     up = torch.ones_like(gate)
     assert_same_bits(native.silu_mul(gate, up), spec.silu_mul(gate, up))
 
@@ -59,7 +75,9 @@ def test_native_equals_spec_over_the_range_of_exp(isa):
 def test_layouts(isa):
     x = torch.randn(5, 24, generator=generator(6))
     for name, view in layouts(x):
-        for a, b in zip(native.silu_mul_quantize(view, view, 8), spec.silu_mul_quantize(x, x, 8), strict=True):
+        for a, b in zip(
+            native.silu_mul_quantize(view, view, 8), spec.silu_mul_quantize(x, x, 8), strict=True
+        ):
             assert_same_bits(a, b, name)
 
 

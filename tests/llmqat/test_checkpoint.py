@@ -3,22 +3,19 @@
 import copy
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import random_tokens, tiny_llama
+from tiny import packed_llama, random_tokens, tiny_llama
 from transformers import AutoModelForCausalLM
 
-import llmqat_kernels as qk
 from llmqat import io
 from llmqat.checkpoint import from_pretrained, save_pretrained, verify_export
 from llmqat.checkpoint import save as save_module
-from llmqat.checkpoint.format import LinearShape, decode_linear, encode_linear
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.errors import CheckpointError, ConfigError
-from llmqat.nn.linear import QuantizedLinear
 from llmqat.state import state_of
 
 VARIANTS = [{}, {"kv_heads": 4}, {"tied": True}, {"bias": True}, {"intermediate": 100}]
@@ -29,10 +26,6 @@ def equal_models(a, b):
     return list(ours) == list(theirs) and all(
         ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in ours
     )
-
-
-def packed_model(setting="4-8-4", seed=0, variant=None, **fields):
-    return convert(tiny_llama(seed, **(variant or {})), QATConfig.parse(setting, **fields))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -59,14 +52,14 @@ def test_round_trip(tmp_path, variant, kind):
 )
 @pytest.mark.parametrize("fields", [{}, {"group_size": 16}, {"weight_scale_dtype": "float32"}])
 def test_settings(tmp_path, setting, fields):
-    model = packed_model(setting, kv_mode="paper", **fields)
+    model = packed_llama(setting, kv_mode="paper", **fields)
     save_pretrained(model, tmp_path / "m")
     verify_export(model, tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_model_dtype_is_kept(tmp_path, dtype):
-    model = packed_model(variant={"dtype": dtype, "bias": True})
+    model = packed_llama(variant={"dtype": dtype, "bias": True})
     save_pretrained(model, tmp_path / "m")
     loaded = from_pretrained(tmp_path / "m")
     assert loaded.dtype == dtype and equal_models(model, loaded)
@@ -74,7 +67,7 @@ def test_model_dtype_is_kept(tmp_path, dtype):
 
 
 def test_dtype_arguments_leave_codes_and_scales_alone(tmp_path):
-    model = packed_model(variant={"bias": True}, weight_scale_dtype="float32")
+    model = packed_llama(variant={"bias": True}, weight_scale_dtype="float32")
     save_pretrained(model, tmp_path / "m", dtype=torch.bfloat16)
     half = from_pretrained(tmp_path / "m")
     assert half.dtype == torch.bfloat16
@@ -94,77 +87,9 @@ def test_dtype_arguments_leave_codes_and_scales_alone(tmp_path):
             call()
 
 
-def test_layout_w4(tmp_path):
-    model = packed_model("4-8-4", kv_mode="serving", variant={"intermediate": 101})
-    folder = save_pretrained(model, tmp_path / "m")
-    tensors = load_file(folder / "model.safetensors")
-    prefix = "model.layers.1.mlp.down_proj"
-    words = tensors[f"{prefix}.weight_packed"]
-    assert words.dtype == torch.int32 and words.shape == (64, 13)
-    assert tensors[f"{prefix}.weight_shape"].tolist() == [64, 101]
-    assert tensors[f"{prefix}.weight_scale"].dtype == torch.bfloat16
-    assert tensors[f"{prefix}.weight_scale"].shape == (64, 1)
-    codes = model.get_submodule(prefix).int8_codes()
-    by_hand = torch.zeros(64, 104, dtype=torch.int64)
-    by_hand[:, :101] = codes.long() + 8
-    value = sum(by_hand[:, i::8] << (4 * i) for i in range(8))
-    assert torch.equal(words.long() & 0xFFFFFFFF, value)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["llmqat"]["kv_mode"] == "serving" and config["llmqat"]["spec"] == qk.SPEC_VERSION
-    quantization = config["quantization_config"]
-    assert quantization["kv_cache_scheme"] is None
-    assert quantization["quant_method"] == "compressed-tensors"
-    group = quantization["config_groups"]["group_0"]
-    assert group["format"] == quantization["format"] == "pack-quantized"
-    assert group["weights"]["num_bits"] == 4 and group["input_activations"]["num_bits"] == 8
-    assert list(folder.glob("*.bin")) == []
-
-
-def test_layout_w8_and_a16(tmp_path):
-    tensors = load_file(
-        save_pretrained(packed_model("8-8-8"), tmp_path / "a") / "model.safetensors"
-    )
-    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
-    assert "model.layers.0.mlp.up_proj.weight_packed" not in tensors
-    folder = save_pretrained(packed_model("4-16-16"), tmp_path / "b")
-    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
-    assert group["group_0"]["input_activations"] is None
-
-
-def test_scale_dtype_on_disk(tmp_path):
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        model = packed_model(weight_scale_dtype=name)
-        tensors = load_file(save_pretrained(model, tmp_path / name) / "model.safetensors")
-        assert tensors["model.layers.0.self_attn.q_proj.weight_scale"].dtype == dtype
-
-
-@pytest.mark.parametrize("k", range(1, 34))
-def test_word_packing_of_every_width(k):
-    rng = torch.Generator().manual_seed(k)
-    codes = torch.randint(-7, 8, (5, k), generator=rng, dtype=torch.int8)
-    shape = LinearShape(5, k, 4, -1)
-    packed = qk.pack_int4(codes)
-    decoded, scale = decode_linear(encode_linear(packed, torch.ones(5), shape), shape, "x")
-    assert torch.equal(decoded, packed) and torch.equal(scale, torch.ones(5))
-
-
-def test_bytes_of_quantized_linears(tmp_path):
-    model = tiny_llama(0, heads=4, head_dim=64, intermediate=768)
-    floats = sum(p.numel() for n, p in model.named_parameters() if "proj" in n) * 2
-    folder = save_pretrained(convert(model, QATConfig.parse("4-8-4")), tmp_path / "m")
-    stored = load_file(folder / "model.safetensors")
-    on_disk = sum(t.nbytes for n, t in stored.items() if "proj" in n)
-    in_memory = sum(
-        m.weight_codes.nbytes + m.weight_scale.nbytes
-        for m in model.modules()
-        if isinstance(m, QuantizedLinear)
-    )
-    assert on_disk <= 0.26 * floats and in_memory <= 0.26 * floats
-
-
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_shards(tmp_path, kind):
-    model = tiny_llama(2) if kind == "plain" else packed_model(seed=2)
+    model = tiny_llama(2) if kind == "plain" else packed_llama(seed=2)
     folder = save_pretrained(model, tmp_path / "m", max_shard_size="30KB")
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2 and (folder / "model.safetensors.index.json").is_file()
@@ -219,33 +144,8 @@ def test_old_config_spelling(tmp_path):
     assert torch.equal(from_pretrained(folder)(x).logits, model(x).logits)
 
 
-@pytest.mark.parametrize("setting", ["4-8-8", "4-16-16", "8-8-8", "8-16-8"])
-@pytest.mark.parametrize("group_size", [-1, 32])
-def test_compressed_tensors_reads_our_codes(tmp_path, setting, group_size):
-    """transformers through the compressed-tensors library decompresses to exactly our weights."""
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    model = packed_model(setting, kv_mode="serving", group_size=group_size)
-    folder = save_pretrained(model, tmp_path / "m")
-    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = random_tokens(0, 1, 4)
-    with torch.no_grad():
-        other(tokens)  # the library may unpack on the first forward
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            theirs = other.get_submodule(name).weight
-            assert torch.equal(theirs.float(), module.dequantize()), name
-
-
-def test_compressed_tensors_packs_the_same_words():
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    for k in (8, 16, 13, 24, 101):
-        codes = torch.randint(-7, 8, (6, k), dtype=torch.int8)
-        ours = encode_linear(qk.pack_int4(codes), torch.ones(6), LinearShape(6, k, 4, -1))
-        assert torch.equal(ours["weight_packed"], helpers.pack_to_int32(codes, 4))
-
-
 def test_generation_config_and_tokenizer(tmp_path):
-    model = packed_model()
+    model = packed_llama()
     model.generation_config.eos_token_id = [2, 5]
     model.generation_config.top_k = 7
     source = tmp_path / "tokenizer"
@@ -275,11 +175,11 @@ def test_generation_config_and_tokenizer(tmp_path):
 
 
 def test_replacing_keeps_foreign_files_and_folders(tmp_path):
-    folder = save_pretrained(packed_model(seed=1), tmp_path / "m")
+    folder = save_pretrained(packed_llama(seed=1), tmp_path / "m")
     (folder / "notes.md").write_text("mine")
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-10" / "state").write_text("x")
-    model = packed_model("8-8-8", seed=2)
+    model = packed_llama("8-8-8", seed=2)
     save_pretrained(model, folder)
     verify_export(model, folder)
     assert (folder / "notes.md").read_text() == "mine"
@@ -289,7 +189,7 @@ def test_replacing_keeps_foreign_files_and_folders(tmp_path):
 
 @pytest.mark.parametrize("step", ["save_file", "write_json", "sha256", "rename", "rename-back"])
 def test_a_failure_loses_nothing(tmp_path, monkeypatch, step):
-    old, new = packed_model(seed=1), packed_model("8-8-8", seed=2)
+    old, new = packed_llama(seed=1), packed_llama("8-8-8", seed=2)
     folder = save_pretrained(old, tmp_path / "m")
 
     def fail(*args, **kwargs):
@@ -318,8 +218,59 @@ def test_a_failure_loses_nothing(tmp_path, monkeypatch, step):
     assert os.listdir(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("moment", ["before 1", "after 1", "before 2", "after 2", "rmtree"])
+def test_killed_while_replacing(tmp_path, moment):
+    """Whenever the process dies, one checkpoint is complete, and the error says where."""
+    old, new = packed_llama(seed=1), packed_llama("8-8-8", seed=2)
+    folder = save_pretrained(old, tmp_path / "m")
+    child = os.fork()
+    if child == 0:
+        real, calls = os.rename, []
+
+        def rename(source, target):
+            calls.append(1)
+            if moment == f"before {len(calls)}":
+                os._exit(9)
+            real(source, target)
+            if moment == f"after {len(calls)}":
+                os._exit(9)
+
+        os.rename = rename
+        shutil.rmtree = lambda *args, **kwargs: os._exit(9)
+        try:
+            save_pretrained(new, folder)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    if moment in ("after 1", "before 2"):
+        with pytest.raises(CheckpointError, match="a save was interrupted, rename") as excinfo:
+            from_pretrained(folder)
+        name = str(excinfo.value).split("rename ")[1].split(" to ")[0]
+        os.rename(tmp_path / name, folder)
+        verify_export(old, folder)
+    else:
+        verify_export(old if moment == "before 1" else new, folder)
+    save_pretrained(new, folder)
+    verify_export(new, folder)
+
+
+def test_links_mounts_and_the_current_folder(tmp_path, monkeypatch):
+    model = packed_llama()
+    folder = save_pretrained(model, tmp_path / "real")
+    (tmp_path / "link").symlink_to(folder)
+    assert save_pretrained(model, tmp_path / "link") == folder
+    assert (tmp_path / "link").is_symlink()
+    verify_export(model, tmp_path / "link")
+    monkeypatch.chdir(folder)
+    for where in (".", tmp_path, "/"):
+        with pytest.raises(ConfigError, match="current directory"):
+            save_pretrained(model, where)
+    save_pretrained(model, "inside")
+    verify_export(model, "inside")
+
+
 def test_interrupted_between_the_renames_is_explained(tmp_path):
-    folder = save_pretrained(packed_model(), tmp_path / "m")
+    folder = save_pretrained(packed_llama(), tmp_path / "m")
     os.rename(folder, tmp_path / ".m.old-01234567")
     with pytest.raises(CheckpointError, match=r"rename \.m\.old-01234567 to m"):
         from_pretrained(folder)
@@ -350,11 +301,11 @@ def test_unwritable_folder(tmp_path):
 
 
 def test_verify_export_finds_a_difference(tmp_path):
-    model = packed_model()
+    model = packed_llama()
     folder = save_pretrained(model, tmp_path / "m")
     other = copy.deepcopy(model)
     other.model.layers[1].mlp.up_proj.weight_codes[0, 0] ^= 1
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight_codes differs"):
         verify_export(other, folder)
     with pytest.raises(CheckpointError, match="settings"):
-        verify_export(packed_model("8-8-4"), folder)
+        verify_export(packed_llama("8-8-4"), folder)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import llmqat_kernels as qk
+from llmqat.checkpoint import from_pretrained, save_pretrained
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.errors import ConfigError
@@ -121,6 +122,22 @@ def test_prepared_equals_converted(backend, mode):
     assert torch.equal(all_logits(prepared, tokens), all_logits(packed, tokens))
     for a, b in zip(prepared.caches, packed.caches, strict=True):
         assert torch.equal(a.k_codes, b.k_codes) and torch.equal(a.v_scale, b.v_scale)
+
+
+def test_two_thousand_positions_prepared_and_reloaded(backend, tmp_path):
+    """Served from the prepared model and from the packed folder: the same tokens at every
+    position.
+    """
+    prepared = quantized(tiny_llama(19), "4-8-4", packed=False)
+    save_pretrained(quantized(tiny_llama(19), "4-8-4"), tmp_path / "packed")
+    reloaded = from_pretrained(tmp_path / "packed")
+    prompts = [[i + 1, i + 2] for i in range(16)]
+    expected, got = (
+        Engine(model, max_slots=16, max_len=127).generate(prompts, 125)
+        for model in (prepared, reloaded)
+    )
+    assert sum(len(done.new_tokens) for done in expected) == 2000
+    assert [done.tokens for done in got] == [done.tokens for done in expected]
 
 
 @pytest.mark.parametrize("setting", ["16-16-16", "4-8-8"])

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmqat.config import QATConfig
+from llmqat.convert import convert
+
 
 def tiny_llama(
     seed: int = 0,
@@ -56,3 +59,10 @@ def random_tokens(seed: int, batch: int, length: int, vocab: int = 128) -> torch
     """Token ids int64 [batch, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, vocab, (batch, length), generator=generator)
+
+
+def packed_llama(
+    setting: str = "4-8-4", seed: int = 0, variant: dict[str, Any] | None = None, **fields: Any
+) -> torch.nn.Module:
+    """A converted tiny LLaMA; `variant` goes to :func:`tiny_llama`, `fields` to the QATConfig."""
+    return convert(tiny_llama(seed, **(variant or {})), QATConfig.parse(setting, **fields))

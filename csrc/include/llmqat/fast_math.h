@@ -1,7 +1,7 @@
 // exp and log of docs/spec.md 13, one value at a time. Host and device; no torch.
 //
-// Twin of llmqat_kernels/spec/math.py: the same coefficients and the same rounded operations in the same
-// order, so the same bits. Nothing here may be contracted to an FMA.
+// Twin of llmqat_kernels/spec/math.py: the same coefficients and the same rounded operations in the
+// same order, so the same bits. Nothing here may be contracted to an FMA.
 #pragma once
 
 #include <cstdint>

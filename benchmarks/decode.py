@@ -1,0 +1,206 @@
+"""Decode speed at batch 1: the packed model in the engine against transformers and llama.cpp,
+interleaved.
+
+    python -m benchmarks.decode [--threads 1] [--tokens 96] [--rounds 5] [--save]
+
+Every candidate continues the same prompt greedily by the same number of tokens; a rate leaves out
+the prefill (it counts from the first new token to the last). The packed checkpoint holds embedding,
+norms and head in bf16, and the engine computes in fp32. llama.cpp joins in where `llama_cpp` is
+installed: it reads the 4-bit file (Q4_1) that the demonstration's model comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import nn
+
+from benchmarks.timing import environment, save, summary
+from llmqat import Engine, QATConfig, convert, from_pretrained
+from llmqat.demo.assets import SMOLLM2, locate, smollm2
+from llmqat.runtime.loading import load_tokenizer
+
+PROMPT = "The history of science is"
+SETTINGS = (("4-8-8", "paper"), ("4-8-8", "serving"), ("4-8-4", "serving"))
+MIB = 2**20
+Candidate = Callable[[], float]
+
+
+def rate(times: Sequence[float]) -> float:
+    """Tokens a second from the times at which tokens were chosen."""
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def packed_engine(model: nn.Module, setting: str, mode: str, max_len: int) -> Engine:
+    """The engine on a round-to-nearest packed copy, as `export --dtype bfloat16` would store it."""
+    packed = convert(copy.deepcopy(model), QATConfig.parse(setting, kv_mode=mode))
+    for parameter in packed.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
+    return Engine(packed, max_len=max_len)
+
+
+def engine_candidate(engine: Engine, prompt: list[int], tokens: int) -> Candidate:
+    """One greedy continuation in the engine."""
+
+    def run() -> float:
+        times: list[float] = []
+        engine.generate([prompt], tokens, on_token=lambda *_: times.append(time.perf_counter()))
+        return rate(times)
+
+    return run
+
+
+class _Times:
+    """A streamer of transformers that only looks at the clock; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def transformers_candidate(model: nn.Module, prompt: list[int], tokens: int) -> Candidate:
+    """One greedy continuation by `generate` with its default cache."""
+    ids = torch.tensor([prompt])
+
+    def run() -> float:
+        clock = _Times()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            streamer=clock,
+        )
+        return rate(clock.times[1:])
+
+    return run
+
+
+def llama_cpp_candidate(prompt: list[int], tokens: int, threads: int, max_len: int) -> Candidate:
+    """One greedy continuation by llama.cpp on the packaged Q4_1 file."""
+    from llama_cpp import Llama
+
+    model = Llama(
+        str(locate(SMOLLM2)),
+        n_ctx=max_len,
+        n_threads=threads,
+        n_threads_batch=threads,
+        verbose=False,
+    )
+
+    def run() -> float:
+        model.reset()
+        times: list[float] = []
+        for _ in model.generate(prompt, temp=0.0):
+            times.append(time.perf_counter())
+            if len(times) == tokens:
+                break
+        return rate(times)
+
+    return run
+
+
+def measure(candidates: dict[str, Candidate], rounds: int) -> dict[str, list[float]]:
+    """Rates of every candidate, one after the other in each round; the first round does not
+    count.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(rounds + 1):
+        for name, run in candidates.items():
+            value = run()
+            if index:
+                rates[name].append(value)
+    return rates
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table; `--save` writes results/decode.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a plain LLaMA folder; SmolLM2-135M by default")
+    parser.add_argument("--cache", default="runs/cache")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+
+    folder = Path(args.model) if args.model else smollm2(args.cache)
+    prompt = load_tokenizer(folder)(PROMPT)["input_ids"]
+    max_len = len(prompt) + args.tokens
+    plain = from_pretrained(folder, dtype=torch.float32)
+    engines = {
+        f"llmqat {setting} {mode}": packed_engine(plain, setting, mode, max_len)
+        for setting, mode in SETTINGS
+    }
+    first = next(iter(engines.values()))
+    candidates = {
+        name: engine_candidate(engine, prompt, args.tokens) for name, engine in engines.items()
+    }
+    half = from_pretrained(folder, dtype=torch.bfloat16)
+    candidates["transformers fp32"] = transformers_candidate(plain, prompt, args.tokens)
+    candidates["transformers bf16"] = transformers_candidate(half, prompt, args.tokens)
+    if args.model is None and find_spec("llama_cpp") is not None:
+        candidates["llama.cpp Q4_1"] = llama_cpp_candidate(
+            prompt, args.tokens, args.threads, max_len
+        )
+    rates = measure(candidates, args.rounds)
+    figures = {name: summary(values) for name, values in rates.items()}
+    ours = next(iter(engines))
+    result: dict[str, Any] = {
+        "model": folder.name,
+        "prompt_tokens": len(prompt),
+        "new_tokens": args.tokens,
+        "tokens_per_second": figures,
+        "ratio_of": ours,
+        "ratios": {
+            name: figures[ours]["p50"] / figure["p50"]
+            for name, figure in figures.items()
+            if name not in engines
+        },
+        "weight_bytes": first.weight_bytes,
+        "cache_bytes": {name: engine.cache_bytes for name, engine in engines.items()},
+        "backends": sorted(set(first.backends().values())),
+    }
+    print(table(result))
+    if args.save:
+        print(f"\n{save('decode', result)}")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as markdown."""
+    lines = [
+        f"Decode of {result['new_tokens']} tokens, batch 1, {environment()['threads']} thread(s),"
+        f" {result['model']}",
+        "",
+        f"| candidate | tok/s (p20-p80) | {result['ratio_of']} over it |",
+        "|---|---|---|",
+    ]
+    for name, figure in result["tokens_per_second"].items():
+        ratio = result["ratios"].get(name)
+        shown = "" if ratio is None else f"{ratio:.2f}x"
+        spread = f"{figure['p20']:.1f}-{figure['p80']:.1f}"
+        lines.append(f"| {name} | {figure['p50']:.1f} ({spread}) | {shown} |")
+    weights = result["weight_bytes"]
+    sizes = ", ".join(f"{name} {size / MIB:.1f}" for name, size in weights.items())
+    return "\n".join([*lines, "", f"Weights of {result['ratio_of']}, MiB: {sizes}."])
+
+
+if __name__ == "__main__":
+    main()
