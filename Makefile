@@ -4,20 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRANSFORMERS ?= 5.17.0
 export OMP_WAIT_POLICY ?= PASSIVE
+# The packages of the extra `cuda-build`: nvcc for a machine that has none.
+CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
+	print(*p['project']['optional-dependencies']['cuda-build'])
 
-.PHONY: help venv demo test test-gpu lint format bench clean
+NEWEST_TESTS := $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
+
+.PHONY: help venv demo test test-newest test-gpu lint format bench clean
 
 help:    ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:    *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 venv: $(VENV)/.done  ## .venv with everything installed and the native library built
 
-$(VENV)/.done: pyproject.toml requirements-dev.txt requirements-demo.txt setup.py $(shell find csrc -type f)
+# torch is pinned: an unpinned one pulls gigabytes of CUDA packages.
+$(VENV)/.done: pyproject.toml requirements-demo.txt setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements-dev.txt transformers==$(TRANSFORMERS)
+	$(BIN)/pip install --quiet torch==2.13.0 transformers==$(TRANSFORMERS) "setuptools>=77" pybind11
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-demo.txt
-	command -v nvcc >/dev/null || $(BIN)/pip install --quiet --requirement requirements-nvcc.txt
-	LLMQAT_FORCE_BUILD=1 $(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	command -v nvcc >/dev/null || $(BIN)/python -c "$(CUDA_BUILD)" | xargs $(BIN)/pip install --quiet
+	LLMQAT_FORCE_BUILD=1 $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
 demo: venv  ## the whole river on SmolLM2-135M; writes runs/demo/report.md
@@ -28,6 +34,10 @@ test: venv  ## the tests that run anywhere
 
 test-gpu: venv  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+test-newest: venv  ## the tests that touch transformers, on its newest release
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6"
+	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(NEWEST_TESTS)
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

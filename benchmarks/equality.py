@@ -1,8 +1,10 @@
-"""Reference against every CPU instruction set, in bulk: codes, scales, packed bytes, accumulators. 0 differences is the bar.
+"""Reference against every CPU instruction set, in bulk: codes, scales, packed bytes, accumulators.
+0 differences is the bar.
 
     python -m benchmarks.equality [--elements 50000000] [--json FILE]
 
-Row inputs mix magnitudes, exact ties, denormals, zero, NaN and Inf rows, in fp32, bf16 and fp16; GEMM operands include the
+Row inputs mix magnitudes, exact ties, denormals, zero, NaN and Inf rows, in fp32, bf16 and fp16;
+GEMM operands include the
 worst case (every code at its limit) up to K = 28,672.
 """
 
@@ -14,11 +16,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import llmqat_kernels as qk
-
 import torch
 from torch import Tensor
 
+import llmqat_kernels as qk
 from llmqat_kernels import native
 from llmqat_kernels.spec import int4, linear
 from llmqat_kernels.spec import quantize as rows
@@ -70,7 +71,9 @@ def run(isa: str, elements: int) -> dict[str, int]:
     count: Counter[str] = Counter()
     with qk.use_backend("cpu"), native.set_isa(isa):
         for bits in range(2, 9):
-            ties = tie_row(4096, bits) * (2.0 ** torch.arange(-20, 20, dtype=torch.float32)).unsqueeze(1)
+            ties = tie_row(4096, bits) * (
+                2.0 ** torch.arange(-20, 20, dtype=torch.float32)
+            ).unsqueeze(1)
             compare_rows(ties, bits, count)
             count["ties"] += ties.numel() - ties.shape[0]
         for dtype in DTYPES:
@@ -92,20 +95,25 @@ def run(isa: str, elements: int) -> dict[str, int]:
 
 def main() -> None:
     """Print the table; exit 1 on any difference."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=50_000_000, help="row elements per instruction set")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--elements", type=int, default=50_000_000, help="row elements per instruction set"
+    )
     parser.add_argument("--json", type=Path, help="also write the counts here")
     args = parser.parse_args()
     results, checked = {}, ("codes", "scales", "dequantized", "packed bytes", "accumulators")
-    print("| instruction set | elements | ties | accumulators | differences | seconds |\n|---|---|---|---|---|---|")
+    print("| instruction set | elements | ties | accumulators | differences | seconds |")
+    print("|---|---|---|---|---|---|")
     for isa in native.supported_isas():
         start = time.monotonic()
         count = run(isa, args.elements)
         wrong = sum(count.get(key, 0) for key in checked)
         results[isa] = {**count, "differences": wrong}
         print(
-            f"| {isa} | {count['elements']:,} | {count['ties']:,} | {count['accumulators compared']:,} | {wrong} |"
-            f" {time.monotonic() - start:.0f} |"
+            f"| {isa} | {count['elements']:,} | {count['ties']:,} |"
+            f" {count['accumulators compared']:,} | {wrong} | {time.monotonic() - start:.0f} |"
         )
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

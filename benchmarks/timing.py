@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import subprocess
@@ -17,7 +16,9 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    candidates: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, after ``warmup`` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmup + rounds):
@@ -46,7 +47,9 @@ def environment() -> dict[str, Any]:
 
     from llmqat_kernels import native
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "processor": _processor(),
         "isa": native.isa() if native.is_available() else None,
@@ -60,7 +63,9 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
+    ):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

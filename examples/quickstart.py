@@ -1,6 +1,6 @@
 """The whole river on a tiny random model in under a minute: generate, train, convert, pack, serve.
 
-    python examples/quickstart.py [folder]
+python examples/quickstart.py [folder]
 """
 
 from __future__ import annotations
@@ -10,30 +10,39 @@ import sys
 import tempfile
 from pathlib import Path
 
-import llmqat_kernels  # noqa: F401 - before torch: it sets passive OpenMP waiting
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmqat
+import llmqat_kernels  # noqa: F401 - before torch: it sets passive OpenMP waiting
 from llmqat.runtime.sampling import Sampling
 from llmqat.train.trainer import training_arguments
 
 
 def tiny_teacher() -> LlamaForCausalLM:
-    """A random LLaMA whose next-token distribution is far from uniform, so that there is something to distil."""
+    """A random LLaMA whose next-token distribution is far from uniform, so that there is something
+    to distil.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def self_written(teacher: LlamaForCausalLM, records: int, length: int) -> torch.Tensor:
     """Token ids [records, length] that the teacher samples, batched, from random first tokens."""
     engine = llmqat.Engine(teacher, max_slots=16, max_len=length)
-    first = torch.randint(3, teacher.config.vocab_size, (records, 1), generator=torch.Generator().manual_seed(0))
+    first = torch.randint(
+        3, teacher.config.vocab_size, (records, 1), generator=torch.Generator().manual_seed(0)
+    )
     outputs = engine.generate(first.tolist(), max_new_tokens=length - 1, sampling=Sampling(seed=0))
     return torch.tensor([out.tokens for out in outputs])
 
@@ -45,7 +54,11 @@ def main(folder: Path) -> None:
     student = llmqat.prepare(copy.deepcopy(teacher), llmqat.QATConfig.parse("4-8-4"))
     print(llmqat.conversion_report(student))
     arguments = training_arguments(
-        str(folder / "train"), learning_rate=1e-3, max_steps=40, per_device_train_batch_size=8, save_strategy="no"
+        str(folder / "train"),
+        learning_rate=1e-3,
+        max_steps=40,
+        per_device_train_batch_size=8,
+        save_strategy="no",
     )
     dataset = [{"input_ids": row} for row in ids]
     llmqat.QATTrainer(student, arguments, dataset, teacher=teacher).train()

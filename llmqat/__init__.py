@@ -1,6 +1,7 @@
 """LLM-QAT: data-free quantization-aware training of LLaMA-family models, from training to serving.
 
-The river: ``generate-data`` -> ``train`` -> ``eval`` -> ``export`` -> ``generate``; the same from Python:
+The river: ``generate-data`` -> ``train`` -> ``eval`` -> ``export`` -> ``generate``; the same from
+Python:
 
 >>> import llmqat
 >>> config = llmqat.QATConfig.parse("4-8-4")  # weights 4, activations 8, KV cache 4 bits
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported on first use: `import llmqat` must not cost the seconds that transformers takes, and the data
+# Imported on first use: `import llmqat` must not cost the seconds that transformers takes, and the
+# data
 # store must work without torch.
 _HOMES = {
     "QATConfig": "config",

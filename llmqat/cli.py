@@ -29,11 +29,16 @@ def usage() -> str:
     """The overview printed by ``llmqat --help``."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "usage: llmqat COMMAND [options]\n\n" + "\n".join(lines) + "\n\nllmqat COMMAND --help shows its options."
+    return (
+        "usage: llmqat COMMAND [options]\n\n"
+        + "\n".join(lines)
+        + "\n\nllmqat COMMAND --help shows its options."
+    )
 
 
 def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) -> tuple[object, ...]:
-    """Parse ``argv`` into one instance of every dataclass of ``types``; ``--config FILE`` sets defaults.
+    """Parse ``argv`` into one instance of every dataclass of ``types``; ``--config FILE`` sets
+    defaults.
 
     Raises:
         ValueError: unreadable YAML, or a key that no option has.
@@ -41,7 +46,9 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(list(types), prog=f"llmqat {command}", description=COMMANDS[command])
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of options; the command line wins"
+    )
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
@@ -50,9 +57,13 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
         known = {action.dest for action in parser._actions}
         unknown = sorted(set(defaults) - known)
         if unknown:
-            raise ValueError(f"--config {path}: unknown option {unknown[0]!r}; see llmqat {command} --help")
+            raise ValueError(
+                f"--config {path}: unknown option {unknown[0]!r}; see llmqat {command} --help"
+            )
         parser.set_defaults(**defaults)
-        for action in parser._actions:  # an option that the file sets is no longer required on the command line
+        for action in (
+            parser._actions
+        ):  # an option that the file sets is no longer required on the command line
             action.required = action.required and action.dest not in defaults
     *instances, _ = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
     return tuple(instances)
@@ -64,19 +75,26 @@ def _read_yaml(path: str) -> dict[str, object]:
     with open(path, encoding="utf-8") as file:
         data = yaml.safe_load(file) or {}
     if not isinstance(data, dict):
-        raise ValueError(f"--config {path}: expected a mapping of options, got {type(data).__name__}")
+        raise ValueError(
+            f"--config {path}: expected a mapping of options, got {type(data).__name__}"
+        )
     return {str(key).replace("-", "_"): value for key, value in data.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 failed with a one-line reason, 2 wrong usage."""
+    """Entry point; returns the exit status: 0 done, 1 failed with a one-line reason, 2 wrong
+    usage.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
-        print(f"llmqat: unknown command {command!r}; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"llmqat: unknown command {command!r}; use one of {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     import llmqat_kernels  # noqa: F401 - first: it sets passive OpenMP waiting before torch loads
 
@@ -85,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = module.run(*parse_arguments(command, module.ARGUMENTS, rest))
         return 0 if status is None else int(status)
     except KeyboardInterrupt:
-        print(f"llmqat {command}: interrupted; what was written stays valid and the run can be resumed", file=sys.stderr)
+        print(
+            f"llmqat {command}: interrupted; what was written stays valid, the run can resume",
+            file=sys.stderr,
+        )
         return 130
     except PLAIN_ERRORS as error:
         if os.environ.get("LLMQAT_TRACEBACK"):

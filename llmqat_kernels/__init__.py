@@ -9,7 +9,8 @@ from __future__ import annotations
 import os as _os
 import sys as _sys
 
-# Spinning OpenMP workers cost 30x on busy cores. The policy is read when the runtime loads, so it can
+# Spinning OpenMP workers cost 30x on busy cores. The policy is read when the runtime loads, so it
+# can
 # only be set here if torch (which loads it) is not imported yet; the user's own choice stands.
 if "torch" not in _sys.modules:
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -113,16 +113,26 @@ def _distillation_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | No
 
 def _no_gradient(op: str) -> Any:
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"llmqat::{op} has no gradient: it is an inference form; call it under torch.no_grad()")
+        raise RuntimeError(
+            f"llmqat::{op} has no gradient: it is an inference form; call it under torch.no_grad()"
+        )
 
     return backward
 
 
-register_autograd("llmqat::fake_quantize", _fake_quantize_backward, setup_context=_fake_quantize_setup)
+register_autograd(
+    "llmqat::fake_quantize", _fake_quantize_backward, setup_context=_fake_quantize_setup
+)
 register_autograd("llmqat::qat_linear", _qat_linear_backward, setup_context=_qat_linear_setup)
-register_autograd("llmqat::rms_norm_quantize_train", _rms_norm_backward, setup_context=_rms_norm_setup)
-register_autograd("llmqat::silu_mul_quantize_train", _silu_mul_backward, setup_context=_silu_mul_setup)
-register_autograd("llmqat::distillation_loss", _distillation_backward, setup_context=_distillation_setup)
+register_autograd(
+    "llmqat::rms_norm_quantize_train", _rms_norm_backward, setup_context=_rms_norm_setup
+)
+register_autograd(
+    "llmqat::silu_mul_quantize_train", _silu_mul_backward, setup_context=_silu_mul_setup
+)
+register_autograd(
+    "llmqat::distillation_loss", _distillation_backward, setup_context=_distillation_setup
+)
 for _op, _schema in SCHEMAS.items():
     if _op not in TRAINED and "(a!)" not in _schema:
         register_autograd(f"llmqat::{_op}", _no_gradient(_op))

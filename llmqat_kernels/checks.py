@@ -12,7 +12,9 @@ MAX_K = 131_071
 """Longest reduction whose int32 accumulator cannot overflow: 131071 * 127^2 < 2^31 (spec 7)."""
 
 
-def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], min_dim: int = 1) -> None:
+def check_tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], min_dim: int = 1
+) -> None:
     """``value`` must be a tensor of one of ``dtypes`` with at least ``min_dim`` dimensions."""
     if not isinstance(value, Tensor):
         raise InvalidArgumentType(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -20,9 +22,13 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], min_
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise InvalidArgumentType(f"{name}: dtype {value.dtype} is not supported; use {wanted}")
     if value.dim() < min_dim:
-        raise InvalidArgument(f"{name}: needs at least {min_dim} dimension(s), got shape {tuple(value.shape)}")
+        raise InvalidArgument(
+            f"{name}: needs at least {min_dim} dimension(s), got shape {tuple(value.shape)}"
+        )
     if value.layout != torch.strided:
-        raise InvalidArgument(f"{name}: layout {value.layout} is not supported; pass a dense tensor")
+        raise InvalidArgument(
+            f"{name}: layout {value.layout} is not supported; pass a dense tensor"
+        )
 
 
 def check_bits(name: str, bits: object, extra: tuple[int, ...] = ()) -> int:
@@ -40,7 +46,9 @@ def check_group_size(columns: int, group_size: object) -> int:
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise InvalidArgumentType(f"group_size: expected an int, got {type(group_size).__name__}")
     if group_size != -1 and (group_size < 1 or columns % group_size):
-        raise InvalidArgument(f"group_size: {group_size} does not divide the row length {columns}; use -1 or a divisor")
+        raise InvalidArgument(
+            f"group_size: {group_size} does not divide {columns} columns; use -1 or a divisor"
+        )
     return group_size
 
 
@@ -50,7 +58,9 @@ def check_same_device(**tensors: Tensor | None) -> None:
     first_name, first = next(iter(devices.items()))
     for name, device in devices.items():
         if device != first:
-            raise InvalidArgument(f"{name}: is on {device} but {first_name} is on {first}; move one of them")
+            raise InvalidArgument(
+                f"{name}: is on {device} but {first_name} is on {first}; move one of them"
+            )
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -65,17 +75,25 @@ def scale_shape(rows: tuple[int, ...], columns: int, group_size: int) -> tuple[i
 
 
 def check_weight(w: Tensor, w_scale: Tensor, k: int, w_bits: int, group_size: int) -> None:
-    """``w`` int8 codes [N, K] or packed uint8 [N, ceil(K / 2)] with fp32 scales [N] or [N, groups]."""
+    """``w`` int8 codes [N, K] or packed uint8 [N, ceil(K / 2)] with fp32 scales [N] or [N,
+    groups].
+    """
     check_tensor("w", w, (torch.int8, torch.uint8), 2)
     check_tensor("w_scale", w_scale, (torch.float32,), 1)
     if w.dim() != 2:
         raise InvalidArgument(f"w: expected 2 dimensions [N, K], got shape {tuple(w.shape)}")
     if w.dtype == torch.uint8 and w_bits != 4:
-        raise InvalidArgument(f"w: packed uint8 holds 4-bit codes but w_bits is {w_bits}; pass int8 codes")
+        raise InvalidArgument(
+            f"w: packed uint8 holds 4-bit codes but w_bits is {w_bits}; pass int8 codes"
+        )
     columns = (k + 1) // 2 if w.dtype == torch.uint8 else k
     if w.shape[1] != columns:
-        raise InvalidArgument(f"w: expected {columns} columns for x with {k} features, got {w.shape[1]}")
+        raise InvalidArgument(
+            f"w: expected {columns} columns for x with {k} features, got {w.shape[1]}"
+        )
     if k > MAX_K:
-        raise InvalidArgument(f"x: {k} features exceed {MAX_K}, the longest exact int32 accumulation; split the layer")
+        raise InvalidArgument(
+            f"x: {k} features exceed {MAX_K}, the longest exact int32 accumulation; split the layer"
+        )
     check_group_size(k, group_size)
     check_shape("w_scale", w_scale, scale_shape((w.shape[0],), k, group_size))

@@ -1,6 +1,7 @@
 """Which backend runs an operator: one table, no silent fallback.
 
-``auto`` prefers the device's native library and falls back to ``reference`` only with an announcement
+``auto`` prefers the device's native library and falls back to ``reference`` only with an
+announcement
 (once); a backend asked for by name that cannot run raises
 :class:`BackendUnavailable` with the reason. ``choices()`` is what ``llmqat info`` prints.
 """
@@ -41,8 +42,9 @@ class Choice:
     kernel: Callable[..., Any]
 
 
-class use_backend:  # noqa: N801 - reads as a function: `use_backend("cpu")` or `with use_backend("cpu"):`
-    """Select the backend of every operator, from the call on; as a context manager, until the block ends.
+class use_backend:
+    """Select the backend of every operator, from the call on; as a context manager, until the
+    block ends.
 
     Args:
         name: ``auto``, ``reference``, ``cpu`` or ``cuda``.
@@ -65,7 +67,10 @@ class use_backend:  # noqa: N801 - reads as a function: `use_backend("cpu")` or 
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         global _requested
         _requested = self._previous
@@ -91,7 +96,9 @@ _announced: set[tuple[str, bool]] = set()
 
 
 def _announce_fallback(op: str, device_type: str, reason: str) -> None:
-    """Say once per device type that the library is missing, or once per operator that it has no kernel."""
+    """Say once per device type that the library is missing, or once per operator that it has no
+    kernel.
+    """
     available = native.is_available()
     key = (f"{device_type}/{op}" if available else device_type, available)
     if key not in _announced:
@@ -102,11 +109,13 @@ def _announce_fallback(op: str, device_type: str, reason: str) -> None:
 
 @cache
 def resolve(op: str, device_type: str, requested: str) -> Choice:
-    """The backend for ``op`` on ``device_type`` under the request; announced once when it is a fallback."""
+    """The backend for ``op`` on ``device_type`` under the request; announced once when it is a
+    fallback.
+    """
     native_name = NATIVE_BACKEND.get(device_type)
     if requested not in ("auto", "reference", native_name):
         raise BackendUnavailable(
-            f"backend {requested!r} cannot run {op} on a {device_type} tensor; move the tensor or use 'auto'"
+            f"backend {requested!r} cannot run {op} on {device_type}; move the tensor or use 'auto'"
         )
     if requested == "reference" or native_name is None:
         reason = "asked for" if requested == "reference" else f"no native backend for {device_type}"

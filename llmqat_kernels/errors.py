@@ -1,10 +1,14 @@
-"""Typed errors of the kernel package: every message is one line that names the argument and the fix."""
+"""Typed errors of the kernel package: every message is one line that names the argument and the
+fix.
+"""
 
 from __future__ import annotations
 
 
 class InvalidArgument(ValueError):
-    """A value that no backend can compute with: wrong bits, mismatched shapes, out-of-range indices."""
+    """A value that no backend can compute with: wrong bits, mismatched shapes, out-of-range
+    indices.
+    """
 
 
 class InvalidArgumentType(TypeError):

@@ -1,4 +1,6 @@
-"""Public functions: checked arguments in, one operator call out. Shapes and formulas: ``docs/spec.md``."""
+"""Public functions: checked arguments in, one operator call out. Shapes and formulas:
+``docs/spec.md``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ops = torch.ops.llmqat
 
 def _bf16_scale(scale_dtype: torch.dtype) -> bool:
     if scale_dtype not in (torch.float32, torch.bfloat16):
-        raise InvalidArgument(f"scale_dtype: {scale_dtype} is not supported; use torch.float32 or torch.bfloat16")
+        raise InvalidArgument(
+            f"scale_dtype: {scale_dtype} is not supported; use torch.float32 or torch.bfloat16"
+        )
     return scale_dtype == torch.bfloat16
 
 
@@ -40,7 +44,8 @@ def quantize(
         scale_dtype: precision the scale is rounded to before use (``float32`` or ``bfloat16``).
 
     Returns:
-        ``codes`` int8 [..., C] in ``[-qmax, qmax]`` and ``scale`` fp32 [...] or [..., C / group_size].
+        ``codes`` int8 [..., C] in ``[-qmax, qmax]`` and ``scale`` fp32 [...] or [..., C /
+        group_size].
 
     Raises:
         InvalidArgument, InvalidArgumentType: bad bits, group size, dtype or rank.
@@ -55,7 +60,9 @@ def quantize(
 def dequantize(
     codes: Tensor, scale: Tensor, *, group_size: int = -1, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``code * scale`` in ``dtype`` (spec 5). ``codes`` int8 [..., C], ``scale`` fp32 as ``quantize`` gave it."""
+    """``code * scale`` in ``dtype`` (spec 5). ``codes`` int8 [..., C], ``scale`` fp32 as
+    ``quantize`` gave it.
+    """
     check_tensor("codes", codes, (torch.int8,))
     check_tensor("scale", scale, (torch.float32,), 0)
     if dtype not in FLOAT_DTYPES:
@@ -76,7 +83,8 @@ def fake_quantize(
 ) -> Tensor:
     """``dequantize(quantize(x))`` in x's dtype, with a straight-through gradient (spec 5, 6).
 
-    ``ste_clip`` zeroes the gradient where ``|x| >= ste_clip`` (the paper's released code uses 2.0); None passes all.
+    ``ste_clip`` zeroes the gradient where ``|x| >= ste_clip`` (the paper's released code uses
+    2.0); None passes all.
     """
     check_tensor("x", x, FLOAT_DTYPES)
     check_bits("bits", bits)
@@ -86,23 +94,31 @@ def fake_quantize(
 
 def _check_clip(ste_clip: float | None) -> float | None:
     if ste_clip is not None and not ste_clip > 0:
-        raise InvalidArgument(f"ste_clip: {ste_clip} must be positive; use None to pass every gradient")
+        raise InvalidArgument(
+            f"ste_clip: {ste_clip} must be positive; use None to pass every gradient"
+        )
     return ste_clip
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """int8 codes [..., C] in [-7, 7] -> uint8 [..., ceil(C / 2)], low nibble = even column (spec 8)."""
+    """int8 codes [..., C] in [-7, 7] -> uint8 [..., ceil(C / 2)], low nibble = even column (spec
+    8).
+    """
     check_tensor("codes", codes, (torch.int8,))
     return ops.pack_int4(codes)
 
 
 def unpack_int4(packed: Tensor, columns: int | None = None) -> Tensor:
-    """uint8 [..., B] -> int8 codes [..., columns]; ``columns`` defaults to 2B, pass it for an odd row (spec 8)."""
+    """uint8 [..., B] -> int8 codes [..., columns]; ``columns`` defaults to 2B, pass it for an odd
+    row (spec 8).
+    """
     check_tensor("packed", packed, (torch.uint8,))
     full = 2 * packed.shape[-1]
     columns = full if columns is None else columns
     if columns not in (full, full - 1) or columns < 0:
-        raise InvalidArgument(f"columns: {columns} does not fit {packed.shape[-1]} packed bytes; use {full} or {full - 1}")
+        raise InvalidArgument(
+            f"columns: {columns} does not fit {full // 2} packed bytes; use {full} or {full - 1}"
+        )
     return ops.unpack_int4(packed, columns)
 
 
@@ -156,12 +172,14 @@ def qat_linear(
     w_codes: Tensor | None = None,
     w_scale: Tensor | None = None,
 ) -> Tensor:
-    """Training linear: integer forward, straight-through backward, saves int8 codes and scales only (spec 7).
+    """Training linear: integer forward, straight-through backward, saves int8 codes and scales
+    only (spec 7).
 
     Args:
         x: float [..., K]. weight: float [N, K], the trained parameter. bias: float [N] or None.
         w_bits, a_bits: 2..8.
-        w_codes, w_scale: ``quantize(weight, w_bits, ...)`` computed before, to reuse it; both or neither.
+        w_codes, w_scale: ``quantize(weight, w_bits, ...)`` computed before, to reuse it; both or
+        neither.
 
     Returns:
         [..., N] in x's dtype.
@@ -172,21 +190,27 @@ def qat_linear(
     if (w_codes is None) != (w_scale is None):
         raise InvalidArgument("w_codes, w_scale: pass both or neither")
     if w_codes is None or w_scale is None:
-        w_codes, w_scale = quantize(weight.detach(), w_bits, group_size=group_size, scale_dtype=scale_dtype)
+        w_codes, w_scale = quantize(
+            weight.detach(), w_bits, group_size=group_size, scale_dtype=scale_dtype
+        )
     check_bits("w_bits", w_bits)
     check_weight(w_codes, w_scale, x.shape[-1], w_bits, group_size)
     check_shape("weight", weight, (w_codes.shape[0], x.shape[-1]))
     _check_bias(bias, weight.shape[0])
     check_same_device(x=x, weight=weight, w_codes=w_codes, w_scale=w_scale, bias=bias)
-    y, _, _ = ops.qat_linear(x, weight, w_codes, w_scale, bias, a_bits, group_size, _check_clip(ste_clip))
+    y, _, _ = ops.qat_linear(
+        x, weight, w_codes, w_scale, bias, a_bits, group_size, _check_clip(ste_clip)
+    )
     return y
 
 
 def repack_weight(w: Tensor, w_bits: int) -> Tensor:
-    """The current backend's kernel layout of a weight: a pure permutation, opaque to callers (spec 8).
+    """The current backend's kernel layout of a weight: a pure permutation, opaque to callers (spec
+    8).
 
     Args:
-        w: int8 codes [N, K], packed uint8 [N, ceil(K / 2)] (``w_bits`` 4), or a float weight (``w_bits`` 16 or 32).
+        w: int8 codes [N, K], packed uint8 [N, ceil(K / 2)] (``w_bits`` 4), or a float weight
+            (``w_bits`` 16 or 32).
     """
     check_tensor("w", w, (torch.int8, torch.uint8, torch.float32, torch.bfloat16), 2)
     check_bits("w_bits", w_bits, (16, 32))
@@ -205,7 +229,9 @@ def repacked_matmul(
     group_size: int = -1,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Codes a int8 [..., K] with scales fp32 [...] times a weight from :func:`repack_weight` -> [..., n] (spec 7)."""
+    """Codes a int8 [..., K] with scales fp32 [...] times a weight from :func:`repack_weight` ->
+    [..., n] (spec 7).
+    """
     check_tensor("a", a, (torch.int8,))
     check_tensor("a_scale", a_scale, (torch.float32,), 0)
     check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
@@ -216,7 +242,8 @@ def repacked_matmul(
 
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) -> Tensor:
-    """x [..., K] times a float weight from :func:`repack_weight` -> [..., n]; on CPU a row's result does not
+    """x [..., K] times a float weight from :func:`repack_weight` -> [..., n]; on CPU a row's
+    result does not
     depend on the other rows (spec 17)."""
     check_tensor("x", x, FLOAT_DTYPES)
     _check_bias(bias, n)
@@ -224,7 +251,9 @@ def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) ->
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm with an exactly specified sum (spec 12). x [..., K], weight [K] -> [..., K] in x's dtype."""
+    """RMSNorm with an exactly specified sum (spec 12). x [..., K], weight [K] -> [..., K] in x's
+    dtype.
+    """
     check_tensor("x", x, FLOAT_DTYPES)
     check_tensor("weight", weight, FLOAT_DTYPES)
     check_shape("weight", weight, (x.shape[-1],))
@@ -237,7 +266,8 @@ def rms_norm_quantize(
     """``quantize(rms_norm(x + residual))`` in one pass (spec 12).
 
     Returns:
-        ``codes`` int8 [..., K], ``scale`` fp32 [...], and ``x + residual`` in x's dtype (x itself without one).
+        ``codes`` int8 [..., K], ``scale`` fp32 [...], and ``x + residual`` in x's dtype (x itself
+        without one).
     """
     check_tensor("x", x, FLOAT_DTYPES)
     check_tensor("weight", weight, FLOAT_DTYPES)
@@ -250,7 +280,9 @@ def rms_norm_quantize(
     return codes, scale, x if residual is None else total
 
 
-def rms_norm_quantize_train(x: Tensor, weight: Tensor, eps: float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_quantize_train(
+    x: Tensor, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Training form: ``(y, codes, scale)`` with y differentiable in x and weight (spec 12)."""
     check_tensor("x", x, FLOAT_DTYPES)
     check_shape("weight", weight, (x.shape[-1],))
@@ -272,7 +304,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """``quantize(silu_mul(gate, up))`` in one pass -> codes int8 [..., K], scale fp32 [...] (spec 14)."""
+    """``quantize(silu_mul(gate, up))`` in one pass -> codes int8 [..., K], scale fp32 [...] (spec
+    14).
+    """
     _check_gate_up(gate, up)
     check_bits("bits", bits)
     codes, scale = ops.silu_mul_quantize(gate, up, bits)
@@ -296,10 +330,12 @@ def distillation_loss(
     valid: Tensor | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Soft cross entropy of teacher against student logits, [tokens, vocab] never stored (spec 10; LLM-QAT Eq. 4).
+    """Soft cross entropy of teacher against student logits, [tokens, vocab] never stored (spec 10;
+    LLM-QAT Eq. 4).
 
     Args:
-        student_hidden: float [..., H] before the head; teacher_hidden: float [..., H'], same tokens.
+        student_hidden: float [..., H] before the head; teacher_hidden: float [..., H'], same
+            tokens.
         student_head, teacher_head: [V, H], [V, H'].
         valid: bool [...] of tokens that count, or None for all.
         chunk_size: tokens whose logits exist at one time.
@@ -313,7 +349,9 @@ def distillation_loss(
     check_tensor("teacher_head", teacher_head, FLOAT_DTYPES, 2)
     tokens = tuple(student_hidden.shape[:-1])
     if tuple(teacher_hidden.shape[:-1]) != tokens:
-        raise InvalidArgument(f"teacher_hidden: expected tokens {tokens}, got {tuple(teacher_hidden.shape[:-1])}")
+        raise InvalidArgument(
+            f"teacher_hidden: expected tokens {tokens}, got {tuple(teacher_hidden.shape[:-1])}"
+        )
     vocab = student_head.shape[0]
     check_shape("student_head", student_head, (vocab, student_hidden.shape[-1]))
     check_shape("teacher_head", teacher_head, (vocab, teacher_hidden.shape[-1]))
@@ -323,7 +361,9 @@ def distillation_loss(
         valid = valid.reshape(-1)
     if chunk_size < 1:
         raise InvalidArgument(f"chunk_size: {chunk_size} must be at least 1")
-    check_same_device(student_hidden=student_hidden, teacher_hidden=teacher_hidden, student_head=student_head)
+    check_same_device(
+        student_hidden=student_hidden, teacher_hidden=teacher_hidden, student_head=student_head
+    )
     loss, _, _ = ops.distillation_loss(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         student_head,
@@ -348,7 +388,8 @@ def sample(
     """One token per row by Gumbel-max with counter-based noise (spec 15, 16).
 
     Args:
-        logits: float [n, V]. record, step: int64 [n]: with ``seed`` they alone decide the noise, so the
+        logits: float [n, V]. record, step: int64 [n]: with ``seed`` they alone decide the noise,
+            so the
             result does not depend on batching or order.
         greedy: bool [n], rows that take the largest logit instead; None samples all.
         temperature: > 0. top_k: 0 samples from the full softmax.
@@ -367,7 +408,9 @@ def sample(
     check_tensor("greedy", greedy, (torch.bool,))
     check_shape("greedy", greedy, (n,))
     if not temperature > 0:
-        raise InvalidArgument(f"temperature: {temperature} must be positive; use greedy for the largest logit")
+        raise InvalidArgument(
+            f"temperature: {temperature} must be positive; use greedy for the largest logit"
+        )
     if top_k < 0:
         raise InvalidArgument(f"top_k: {top_k} must be 0 (off) or positive")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -17,7 +17,8 @@ KV_MODES = ("paper", "serving")
 
 @dataclass(frozen=True)
 class KVCache:
-    """One layer's cache: codes [S, Hkv, T, D or D/2], scales [S, T] (paper) or [S, Hkv, T] (serving).
+    """One layer's cache: codes [S, Hkv, T, D or D/2], scales [S, T] (paper) or [S, Hkv, T]
+    (serving).
 
     ``bits`` 8 holds int8, 4 holds packed uint8, 16 holds rotated floats and empty scales.
     """
@@ -42,7 +43,9 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> KVCache:
-        """Empty cache for ``slots`` sequences of up to ``max_len`` tokens; ``dtype`` only matters to 16 bits."""
+        """Empty cache for ``slots`` sequences of up to ``max_len`` tokens; ``dtype`` only matters
+        to 16 bits.
+        """
         if bits not in (4, 8, 16):
             raise InvalidArgument(f"bits: a KV cache holds 4, 8 or 16 bits, got {bits}")
         if mode not in KV_MODES:
@@ -52,7 +55,13 @@ class KVCache:
         width = head_dim // 2 if bits == 4 else head_dim
         code_dtype = {4: torch.uint8, 8: torch.int8, 16: dtype}[bits]
         shape = (slots, kv_heads, max_len, width)
-        scale_shape = (0,) if bits == 16 else (slots, max_len) if mode == "paper" else (slots, kv_heads, max_len)
+        scale_shape = (
+            (0,)
+            if bits == 16
+            else (slots, max_len)
+            if mode == "paper"
+            else (slots, kv_heads, max_len)
+        )
 
         def codes() -> Tensor:
             return torch.zeros(shape, dtype=code_dtype, device=device)
@@ -84,29 +93,62 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
 def rope_quantize_append(
     k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: KVCache, slots: Tensor, positions: Tensor
 ) -> None:
-    """Quantize n tokens' k, v [n, Hkv, D] (k before RoPE) and write them to the cache in place (spec 9)."""
+    """Quantize n tokens' k, v [n, Hkv, D] (k before RoPE) and write them to the cache in place
+    (spec 9).
+    """
     check_tensor("k", k, FLOAT_DTYPES, 3)
     check_tensor("v", v, (k.dtype,), 3)
     check_shape("v", v, tuple(k.shape))
     check_shape("slots", slots, (k.shape[0],))
     check_shape("positions", positions, (k.shape[0],))
     ops.rope_quantize_append(
-        k, v, cos, sin, cache.k_codes, cache.k_scale, cache.v_codes, cache.v_scale, slots, positions, cache.bits,
+        k,
+        v,
+        cos,
+        sin,
+        cache.k_codes,
+        cache.k_scale,
+        cache.v_codes,
+        cache.v_scale,
+        slots,
+        positions,
+        cache.bits,
         cache.pre_rope,
     )
 
 
 def attention_decode(
-    q: Tensor, cache: KVCache, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor, *, scaling: float
+    q: Tensor,
+    cache: KVCache,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
 ) -> Tensor:
-    """Attention of rotated queries q [n, H, D] over tokens ``0..lengths[i]-1`` of ``slots[i]`` -> [n, H, D] (spec 9)."""
+    """Attention of rotated queries q [n, H, D] over tokens ``0..lengths[i]-1`` of ``slots[i]`` ->
+    [n, H, D] (spec 9).
+    """
     check_tensor("q", q, FLOAT_DTYPES, 3)
     check_shape("slots", slots, (q.shape[0],))
     check_shape("lengths", lengths, (q.shape[0],))
     kv_heads = cache.k_codes.shape[1]
     if q.shape[1] % kv_heads:
-        raise InvalidArgument(f"q: {q.shape[1]} heads are not a multiple of the cache's {kv_heads} KV heads")
+        raise InvalidArgument(
+            f"q: {q.shape[1]} heads are not a multiple of the cache's {kv_heads} KV heads"
+        )
     return ops.attention_decode(
-        q, cache.k_codes, cache.k_scale, cache.v_codes, cache.v_scale, cos, sin, slots, lengths, scaling, cache.bits,
+        q,
+        cache.k_codes,
+        cache.k_scale,
+        cache.v_codes,
+        cache.v_scale,
+        cos,
+        sin,
+        slots,
+        lengths,
+        scaling,
+        cache.bits,
         cache.pre_rope,
     )

@@ -1,4 +1,6 @@
-"""Registration of every operator: schema, dispatch to a backend, and fake kernel (shapes without data)."""
+"""Registration of every operator: schema, dispatch to a backend, and fake kernel (shapes without
+data).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def _codes_and_scale(x: Tensor, group_size: int = -1) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(_scale_shape(x, group_size), dtype=torch.float32)
 
 
-def _quantize(x: Tensor, bits: int, group_size: int = -1, bf16_scale: bool = False) -> tuple[Tensor, Tensor]:
+def _quantize(
+    x: Tensor, bits: int, group_size: int = -1, bf16_scale: bool = False
+) -> tuple[Tensor, Tensor]:
     return _codes_and_scale(x, group_size)
 
 
@@ -50,7 +54,13 @@ def _int_matmul(a: Tensor, w: Tensor, w_bits: int) -> Tensor:
 
 
 def _quantized_matmul(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, w_bits: int, group_size: int,
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    w_bits: int,
+    group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
     return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=dtype)
@@ -73,8 +83,15 @@ def _repack_weight(w: Tensor, w_bits: int) -> Tensor:
 
 
 def _repacked_matmul(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, n: int, w_bits: int,
-    group_size: int, dtype: torch.dtype,
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return a.new_empty((*a.shape[:-1], n), dtype=dtype)
 
@@ -90,7 +107,9 @@ def _rms_norm_quantize(
     return (*_codes_and_scale(x), total)
 
 
-def _rms_norm_quantize_train(x: Tensor, weight: Tensor, eps: float, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_quantize_train(
+    x: Tensor, weight: Tensor, eps: float, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return (_like_first(x), *_codes_and_scale(x))
 
 

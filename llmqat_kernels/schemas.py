@@ -3,9 +3,11 @@
 Public operators live in the torch namespace ``llmqat::``; a native backend registers the same
 schema strings under ``llmqat_cpu::`` / ``llmqat_cuda::``. Shapes (spec paragraph in brackets):
 
-* rows: any tensor whose last dimension is the row; ``scale`` drops the last dimension, or replaces it
+* rows: any tensor whose last dimension is the row; ``scale`` drops the last dimension, or replaces
+it
   by the number of groups when ``group_size > 0``.                                       [1-6]
-* GEMM: ``y[M, N] = a[M, K] @ w[N, K].T``; ``w`` is int8 codes [N, K] or packed uint8 [N, ceil(K/2)]. [7, 8]
+* GEMM: ``y[M, N] = a[M, K] @ w[N, K].T``; ``w`` is int8 codes [N, K] or packed uint8 [N,
+ceil(K/2)]. [7, 8]
 * KV cache: ``k_codes, v_codes`` [S, Hkv, T, D] int8 (8 bit), [S, Hkv, T, D/2] uint8 (4 bit) or
   [S, Hkv, T, D] float (16 bit); ``k_scale, v_scale`` fp32 [S, Hkv, T] (serving) or [S, T] (paper);
   ``cos, sin`` [T, D/2]; ``slots, positions, lengths`` int64 [n].                          [9]

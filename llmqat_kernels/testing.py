@@ -1,4 +1,6 @@
-"""Cases, layouts and guard bands shared by the tests of every operator and by users' own kernels."""
+"""Cases, layouts and guard bands shared by the tests of every operator and by users' own
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 def special_rows(columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows that break careless kernels: zeros, outliers, ties, denormals, NaN and Inf. [n, columns]."""
+    """Rows that break careless kernels: zeros, outliers, ties, denormals, NaN and Inf. [n,
+    columns].
+    """
     base = torch.randn(columns, generator=generator(columns))
     rows = [torch.zeros(columns), base, base * 1e-30, torch.full((columns,), 3.0), -base.abs()]
     for value in (1e4, float("nan"), float("inf"), float("-inf")):
@@ -34,7 +38,9 @@ def special_rows(columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def tie_row(columns: int, bits: int) -> Tensor:
-    """A row whose scale is exactly 1 and whose other elements lie exactly between two codes. [columns]."""
+    """A row whose scale is exactly 1 and whose other elements lie exactly between two codes.
+    [columns].
+    """
     limit = qmax(bits)
     row = torch.arange(columns, dtype=torch.float32) % (2 * limit) - limit + 0.5
     row[0] = limit
@@ -58,10 +64,13 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> None:
-    """Bitwise equality including NaN payload class: NaN equals NaN, -0 differs from +0 only by value."""
+    """Bitwise equality including NaN payload class: NaN equals NaN, -0 differs from +0 only by
+    value.
+    """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         raise AssertionError(
-            f"{what}: {actual.dtype} {tuple(actual.shape)} is not {expected.dtype} {tuple(expected.shape)}"
+            f"{what}: {actual.dtype} {tuple(actual.shape)} is not "
+            f"{expected.dtype} {tuple(expected.shape)}"
         )
     same = actual == expected
     if actual.is_floating_point():
@@ -69,18 +78,24 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "tensor") -> 
     if not bool(same.all()):
         where = (~same).nonzero()[0].tolist()
         pair = (actual[tuple(where)].item(), expected[tuple(where)].item())
-        raise AssertionError(f"{what}: {int((~same).sum())} of {same.numel()} differ, first at {where}: {pair}")
+        raise AssertionError(
+            f"{what}: {int((~same).sum())} of {same.numel()} differ, first at {where}: {pair}"
+        )
 
 
 def assert_within_ratio(
     actual: Tensor, baseline: Tensor, exact: Tensor, ratio: float = 2.0, slack: float = 1e-6
 ) -> None:
-    """The ratio rule: the error against fp64 ``exact`` is at most ``ratio`` times plain torch's own error."""
+    """The ratio rule: the error against fp64 ``exact`` is at most ``ratio`` times plain torch's
+    own error.
+    """
     error = (actual.double() - exact).abs().max().item() if actual.numel() else 0.0
     allowed = ratio * ((baseline.double() - exact).abs().max().item() if baseline.numel() else 0.0)
     floor = slack * max(1.0, exact.abs().max().item() if exact.numel() else 0.0)
     if not error <= allowed + floor:
-        raise AssertionError(f"error {error:.3g} exceeds {ratio} x baseline = {allowed:.3g} (+ {floor:.3g})")
+        raise AssertionError(
+            f"error {error:.3g} exceeds {ratio} x baseline = {allowed:.3g} (+ {floor:.3g})"
+        )
 
 
 def float_bits(value: float) -> int:

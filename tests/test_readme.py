@@ -1,5 +1,6 @@
 """The README's Python runs as printed, and the example does what it says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +20,9 @@ def test_the_first_block_is_eight_lines_and_runs(tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[0], "README.md", "exec"), {"folder": tmp_path / "model"})
-    assert len(eval(capsys.readouterr().out)) == 5
+    *report, tokens = capsys.readouterr().out.strip().splitlines()
+    assert len(json.loads(tokens)) == 5
+    assert "quantized" in report[0]
 
 
 def test_the_kernel_block_runs():
@@ -35,7 +38,10 @@ def test_every_block_is_tested():
 @pytest.mark.parametrize("name", ["quickstart.py"])
 def test_examples_run(name, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), str(tmp_path)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "examples" / name), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "packed model continues" in done.stdout

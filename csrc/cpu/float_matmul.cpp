@@ -78,7 +78,8 @@ void FloatMatmul::dequantize(int64_t panel, float* out) const {
 
 // count panels starting at `panels`, which is panel first_panel of the weight.
 void FloatMatmul::run_group(const void* panels, int64_t first_panel, int64_t count,
-                            int64_t row_begin, int64_t row_end) const {
+                            int64_t row_begin, int64_t row_end, const char* ahead,
+                            const char* ahead_end) const {
   const Cut rows(row_begin, row_end, kernels_.max_rows);
   // One row block reads each weight once: nothing to keep in cache, so no slices.
   const int64_t slice = rows.parts == 1 ? std::max<int64_t>(1, p_.k) : kSliceK;
@@ -96,9 +97,11 @@ void FloatMatmul::run_group(const void* panels, int64_t first_panel, int64_t cou
         const int64_t first = p * p_.k * kFloatPanel + k * kFloatPanel;
         const char* w = static_cast<const char*>(panels) + first * (bf16_ ? 2 : 4);
         const FloatTileArgs args{
-            p_.x + row * p_.k + k, p_.k, w, p_.k * kFloatPanel, std::min(slice, p_.k - k), k > 0,
-            out + p * kFloatPanel, ld};
+            p_.x + row * p_.k + k, p_.k, w,    p_.k * kFloatPanel, std::min(slice, p_.k - k), k > 0,
+            out + p * kFloatPanel, ld,   ahead};
         (bf16_ ? kernels_.tile_bf16 : kernels_.tile_f32)(block, static_cast<int>(step), args);
+        if (ahead != nullptr) ahead += args.k / 4 * 128;
+        if (ahead >= ahead_end) ahead = nullptr;
       }
       if (k + slice < p_.k) continue;
       const int64_t channel = first_panel * kFloatPanel;
@@ -113,19 +116,25 @@ void FloatMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_begin,
                       int64_t row_end) const {
   const bool packed = p_.layout == Layout::panels_f32 || bf16_;
   const int64_t floats = p_.k * kFloatPanel;
+  const int64_t element = bf16_ ? 2 : 4;
   for (int64_t panel = panel_begin; panel < panel_end;) {
     // A dequantized group is whole panels: as many as fit, at least the two of a full tile.
     const int64_t fit = std::max<int64_t>(2, kGroupBytes / std::max<int64_t>(1, floats * 4));
     const int64_t most = packed ? kGroupPanels : std::min(kGroupPanels, fit);
     const int64_t count = std::min(most, panel_end - panel);
-    const void* weights = static_cast<const char*>(p_.w) + panel * floats * (bf16_ ? 2 : 4);
+    const void* weights = static_cast<const char*>(p_.w) + panel * floats * element;
     if (!packed) {
       float* out = t_weights.get(std::max<int64_t>(1, count * floats));
       for (int64_t i = 0; i < count; ++i) dequantize(panel + i, out + i * floats);
       weights = out;
     }
+    // The next group comes from memory while this one is in cache.
+    const char* next = static_cast<const char*>(weights) + count * floats * element;
+    const int64_t next_bytes = std::min(count, panel_end - panel - count) * floats * element;
     for (int64_t row = row_begin; row < row_end; row += kSliceRows) {
-      run_group(weights, panel, count, row, std::min(row_end, row + kSliceRows));
+      const bool fetch = packed && row == row_begin && next_bytes > 0;
+      run_group(weights, panel, count, row, std::min(row_end, row + kSliceRows),
+                fetch ? next : nullptr, next + next_bytes);
     }
     panel += count;
   }

@@ -39,6 +39,7 @@ struct FloatTileArgs {
   bool resume;           // sums go on from out instead of 0
   float* out;            // [rows, panels * 16]
   int64_t ldo;
+  const void* ahead;  // k / 4 * 128 bytes to prefetch into L2 meanwhile, or nullptr
 };
 
 struct FloatKernels {
@@ -77,7 +78,7 @@ class FloatMatmul {
 
  private:
   void run_group(const void* panels, int64_t first_panel, int64_t count, int64_t row_begin,
-                 int64_t row_end) const;
+                 int64_t row_end, const char* ahead, const char* ahead_end) const;
   void dequantize(int64_t panel, float* out) const;
 
   FloatProblem p_;

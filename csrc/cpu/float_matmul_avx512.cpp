@@ -63,8 +63,16 @@ LLMQAT_TARGET_AVX512 void tile(const FloatTileArgs& t) {
   for (int i = 0; i < kBases; ++i) base[i] = t.x + 3 * i * ldx;
   const W* w = static_cast<const W*>(t.panel);
 
+  const char* ahead = static_cast<const char*>(t.ahead);
   int64_t k = 0;
   for (; k + 4 <= t.k; k += 4) {
+    if constexpr (R >= 7) {  // about 50 cycles of arithmetic hide two lines
+      if (ahead != nullptr) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        _mm_prefetch(ahead + 64, _MM_HINT_T1);
+        ahead += 128;
+      }
+    }
     k_step<R, P>(acc, base, ldx, 0, w, stride);
     k_step<R, P>(acc, base, ldx, 1, w + kFloatPanel, stride);
     k_step<R, P>(acc, base, ldx, 2, w + 2 * kFloatPanel, stride);

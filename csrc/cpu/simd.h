@@ -33,8 +33,8 @@ inline float cached_value(const int8_t* row, int64_t column) {
   return static_cast<float>(row[column]);
 }
 inline float cached_value(const uint8_t* row, int64_t column) {
-  const int nibble = (row[column / 2] >> (column % 2 * 4)) & 0xF;
-  return static_cast<float>(nibble >= 8 ? nibble - 16 : nibble);
+  const uint32_t byte = row[column >> 1], above = 28 - 4 * (column & 1);
+  return static_cast<float>(static_cast<int32_t>(byte << above) >> 28);  // sign from the top bit
 }
 template <class T>
 float cached_value(const T* row, int64_t column) {

@@ -13,17 +13,27 @@ from llmqat.demo.report import headline, write_report
 class DemoArguments:
     """Options of ``llmqat demo``."""
 
-    output: str = field(default="runs/demo", metadata={"help": "Folder of the results; a second run resumes there."})
-    cache: str = field(default="runs/cache", metadata={"help": "Folder of the converted model and text."})
+    output: str = field(
+        default="runs/demo", metadata={"help": "Folder of the results; a second run resumes there."}
+    )
+    cache: str = field(
+        default="runs/cache", metadata={"help": "Folder of the converted model and text."}
+    )
     bits: str = field(default="4-8-4", metadata={"help": "W-A-KV setting that is trained."})
     kv_mode: str = field(default="serving", metadata={"help": "KV cache mode: paper or serving."})
-    records: int = field(default=Settings.records, metadata={"help": "Records that the model writes for itself."})
+    records: int = field(
+        default=Settings.records, metadata={"help": "Records that the model writes for itself."}
+    )
     max_len: int = field(default=Settings.max_len, metadata={"help": "Longest record, in tokens."})
     steps: int = field(default=Settings.steps, metadata={"help": "QAT steps."})
     batch_size: int = field(default=Settings.batch_size, metadata={"help": "Sequences per step."})
-    seq_len: int = field(default=Settings.seq_len, metadata={"help": "Tokens per training sequence."})
+    seq_len: int = field(
+        default=Settings.seq_len, metadata={"help": "Tokens per training sequence."}
+    )
     lr: float = field(default=Settings.lr, metadata={"help": "Peak learning rate."})
-    eval_tokens: int = field(default=Settings.eval_tokens, metadata={"help": "Tokens of text that are scored."})
+    eval_tokens: int = field(
+        default=Settings.eval_tokens, metadata={"help": "Tokens of text that are scored."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data generation and training."})
 
 

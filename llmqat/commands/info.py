@@ -13,7 +13,16 @@ import torch
 import llmqat_kernels
 from llmqat_kernels import native
 
-PACKAGES = ("llmqat", "torch", "transformers", "triton", "accelerate", "safetensors", "numpy", "pyarrow")
+PACKAGES = (
+    "llmqat",
+    "torch",
+    "transformers",
+    "triton",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+)
 
 
 @dataclass
@@ -49,7 +58,10 @@ def collect() -> dict[str, Any]:
             "build": native.build_info(),
         },
         "operators": {
-            device: {c.op: {"backend": c.backend, "reason": c.reason} for c in llmqat_kernels.choices(device)}
+            device: {
+                c.op: {"backend": c.backend, "reason": c.reason}
+                for c in llmqat_kernels.choices(device)
+            }
             for device in devices
         },
     }
@@ -58,16 +70,22 @@ def collect() -> dict[str, Any]:
 def render(info: dict[str, Any]) -> str:
     """The tables for people."""
     lines = [f"spec {info['spec']} · Python {info['python']} · {info['threads']} threads"]
-    lines.append("  ".join(f"{name} {v or 'not installed'}" for name, v in info["versions"].items()))
+    lines.append(
+        "  ".join(f"{name} {v or 'not installed'}" for name, v in info["versions"].items())
+    )
     library = info["native"]
-    lines.append(f"native library: {library['isa'] if library['available'] else 'missing, ' + library['reason']}")
+    lines.append(
+        f"native library: {library['isa'] or 'missing, ' + library['reason']}"
+    )
     lines += [f"  {key}: {value}" for key, value in library["build"].items()]
     if not info["cuda_devices"]:
         lines.append("cuda: no device")
     for device, operators in info["operators"].items():
         lines.append(f"\noperators on {device}")
         width = max(map(len, operators))
-        lines += [f"  {op:<{width}}  {c['backend']:<9}  {c['reason']}" for op, c in operators.items()]
+        lines += [
+            f"  {op:<{width}}  {c['backend']:<9}  {c['reason']}" for op, c in operators.items()
+        ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""The full-precision side of the comparison: ``transformers`` ``generate``, batch 1, greedy, fp32 and bf16."""
+"""The full-precision side of the comparison: ``transformers`` ``generate``, batch 1, greedy, fp32
+and bf16.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 def decode_speed(
     model: PreTrainedModel, input_ids: torch.Tensor, new_tokens: int
 ) -> tuple[float, list[int]]:
-    """Tokens per second of the decode phase alone (prefill timed apart and subtracted), and the new ids."""
+    """Tokens per second of the decode phase alone (prefill timed apart and subtracted), and the
+    new ids.
+    """
 
     def timed(count: int) -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
         out = model.generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=count, min_new_tokens=count,
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
             do_sample=False,
-        )  # fmt: skip
+        )
         return time.perf_counter() - start, out
 
     timed(1)
@@ -35,7 +42,9 @@ def decode_speed(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print one JSON object with the speed in both dtypes, the text and the bytes of the weights."""
+    """Print one JSON object with the speed in both dtypes, the text and the bytes of the
+    weights.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompt", required=True)

@@ -1,7 +1,9 @@
 """The demonstration: the commands a user would type, run one after the other on a small real model.
 
-Every stage is one ``llmqat`` command in its own process (its memory goes back when it ends) and leaves one
-JSON result under ``results/``. A stage whose command and result are already there is not run again, so a killed demo
+Every stage is one ``llmqat`` command in its own process (its memory goes back when it ends) and
+leaves one
+JSON result under ``results/``. A stage whose command and result are already there is not run
+again, so a killed demo
 resumes; ``report.py`` turns the results into tables and plots.
 """
 
@@ -31,12 +33,12 @@ class Settings:
     bits: str = "4-8-4"
     other_bits: str = "4-8-8"
     kv_mode: str = "serving"
-    records: int = 192
+    records: int = 144
     max_len: int = 256
-    slots: int = 96
+    slots: int = 72
     steps: int = 64
     batch_size: int = 2
-    seq_len: int = 384
+    seq_len: int = 256
     lr: float = 3e-4
     eval_tokens: int = 8192
     eval_seq_len: int = 512
@@ -59,47 +61,50 @@ class Stage:
         return shlex.join((*program, *self.argv))
 
 
+def _options(**values: object) -> tuple[str, ...]:
+    """Command-line options; True is a flag."""
+    words: list[str] = []
+    for name, value in values.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return tuple(words)
+
+
 def stages(settings: Settings, teacher: Path, text: Path) -> list[Stage]:
     """The river on ``teacher``, in order."""
     s, out = settings, settings.output
-    kv = ("--kv-mode", s.kv_mode)
-    evaluate = (
-        "eval", "--text", str(text), "--seq-len", str(s.eval_seq_len), "--max-tokens", str(s.eval_tokens), "--json",
-    )  # fmt: skip
-    generate = (
-        "--prompt",
-        PROMPT,
-        "--max-new-tokens",
-        str(s.new_tokens),
-        "--greedy",
-        "--threads",
-        "1",
-        "--json",
+    data, qat, packed = out / "data", out / "qat", out / "packed"
+    setting = _options(bits=s.bits, kv_mode=s.kv_mode)
+    other_setting = _options(bits=s.other_bits, kv_mode=s.kv_mode)
+    score = _options(text=text, seq_len=s.eval_seq_len, max_tokens=s.eval_tokens, json=True)
+    write = _options(prompt=PROMPT, max_new_tokens=s.new_tokens, greedy=True, threads=1, json=True)
+    records = _options(
+        num_records=s.records, max_len=s.max_len, strategy="hybrid", slots=s.slots, seed=s.seed
     )
+    steps = _options(
+        lr=s.lr, steps=s.steps, batch_size=s.batch_size, seq_len=s.seq_len, seed=s.seed
+    )
+
+    def evaluate(name: str, model: Path, *extra: str) -> Stage:
+        return Stage(name, ("eval", "--model", str(model), *extra, *score))
+
+    def convert(command: str, model: Path, output: Path, *extra: str) -> Stage:
+        name = command.replace("-", "_")
+        return Stage(name, (command, "--model", str(model), "--output", str(output), *extra))
+
     return [
-        Stage("eval_full_precision", (*evaluate, "--model", str(teacher))),
-        Stage("eval_rtn", (*evaluate, "--model", str(teacher), "--bits", s.bits, *kv)),
-        Stage("eval_rtn_other", (*evaluate, "--model", str(teacher), "--bits", s.other_bits, *kv)),
-        Stage(
-            "generate_data",
-            ("generate-data", "--model", str(teacher), "--output", str(out / "data"), "--num-records", str(s.records),
-             "--max-len", str(s.max_len), "--strategy", "hybrid", "--slots", str(s.slots), "--seed", str(s.seed)),
-        ),
-        Stage(
-            "train",
-            ("train", "--model", str(teacher), "--data", str(out / "data"), "--bits", s.bits, *kv,
-             "--output", str(out / "qat"), "--lr", str(s.lr), "--steps", str(s.steps),
-             "--batch-size", str(s.batch_size), "--seq-len", str(s.seq_len), "--seed", str(s.seed)),
-        ),
-        Stage("eval_qat", (*evaluate, "--model", str(out / "qat"))),
-        Stage(
-            "export",
-            ("export", "--model", str(out / "qat"), "--output", str(out / "packed"), "--dtype", "bfloat16", "--verify"),
-        ),
-        Stage("eval_packed", (*evaluate, "--model", str(out / "packed"))),
-        Stage("generate", ("generate", "--model", str(out / "packed"), *generate)),
-        Stage("generate_full_precision", ("--model", str(teacher), *generate), "llmqat.demo.baseline"),
-    ]  # fmt: skip
+        evaluate("eval_full_precision", teacher),
+        evaluate("eval_rtn", teacher, *setting),
+        evaluate("eval_rtn_other", teacher, *other_setting),
+        convert("generate-data", teacher, data, *records),
+        convert("train", teacher, qat, "--data", str(data), *setting, *steps),
+        evaluate("eval_qat", qat),
+        convert("export", qat, packed, "--dtype", "bfloat16", "--verify"),
+        evaluate("eval_packed", packed),
+        Stage("generate", ("generate", "--model", str(packed), *write)),
+        Stage("generate_full_precision", ("--model", str(teacher), *write), "llmqat.demo.baseline"),
+    ]
 
 
 def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:

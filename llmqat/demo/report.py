@@ -23,7 +23,7 @@ def _tensors(folder: Path) -> dict[str, tuple[int, int]]:
     sizes: dict[str, tuple[int, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle, not a dict
+            for name in file.keys():
                 tensor = file.get_tensor(name)
                 sizes[name] = (tensor.numel(), tensor.nbytes)
     if not sizes:
@@ -32,20 +32,33 @@ def _tensors(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def checkpoint_bytes(teacher: Path, packed: Path) -> dict[str, Any]:
-    """Bytes of the teacher as bf16 and of the packed checkpoint, whole and of the quantized linears alone."""
+    """Bytes of the teacher as bf16 and of the packed checkpoint, whole and of the quantized
+    linears alone.
+    """
     full, small = _tensors(teacher), _tensors(packed)
-    linear_names = {name.removesuffix("_packed") for name in small if name.endswith(".weight_packed")}
-    linears = sum(numel for name, (numel, _) in full.items() if name in linear_names) * BYTES_PER_BF16
-    packed_linears = sum(size for name, (_, size) in small.items() if name.endswith(LINEAR_SUFFIXES))
+    linear_names = {
+        name.removesuffix("_packed") for name in small if name.endswith(".weight_packed")
+    }
+    linears = (
+        sum(numel for name, (numel, _) in full.items() if name in linear_names) * BYTES_PER_BF16
+    )
+    packed_linears = sum(
+        size for name, (_, size) in small.items() if name.endswith(LINEAR_SUFFIXES)
+    )
     return {
         "full_precision": sum(numel for numel, _ in full.values()) * BYTES_PER_BF16,
         "packed": sum(size for _, size in small.values()),
-        "linears": {"full_precision": linears, "packed": packed_linears, "ratio": packed_linears / linears},
+        "linears": {
+            "full_precision": linears,
+            "packed": packed_linears,
+            "ratio": packed_linears / linears,
+        },
     }
 
 
 def build_report(results: Results, settings: Settings, teacher: Path) -> dict[str, Any]:
     """The object of `report.json`."""
+
     def ppl(stage: str) -> float:
         return float(results[stage]["output"]["perplexity"])
 
@@ -100,7 +113,8 @@ def render(report: dict[str, Any]) -> str:
     rows += [("LLM-QAT, packed", setting, p["packed"])]
     table = "\n".join(f"| {name} | {bits} | {value:.2f} |" for name, bits, value in rows)
     speeds = "\n".join(
-        f"| transformers generate, {dtype} | {value:.1f} |" for dtype, value in speed["full_precision_by_dtype"].items()
+        f"| transformers generate, {dtype} | {value:.1f} |"
+        for dtype, value in speed["full_precision_by_dtype"].items()
     )
     seconds = "\n".join(f"| {stage} | {value:.0f} |" for stage, value in report["seconds"].items())
     commands = "\n".join(report["commands"].values())
@@ -155,7 +169,9 @@ def plot(report: dict[str, Any], folder: Path) -> None:
 
     p = report["perplexity"]
     bars = {"full precision": p["full_precision"]}
-    bars |= {f"RTN {k}": v for k, v in p["rtn"].items()} | {f"QAT {k}": v for k, v in p["qat"].items()}
+    bars |= {f"RTN {k}": v for k, v in p["rtn"].items()} | {
+        f"QAT {k}": v for k, v in p["qat"].items()
+    }
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     drawn = axes.bar(list(bars), list(bars.values()), color=["#555", "#c66", "#daa", "#48a"])
     axes.bar_label(drawn, fmt="%.1f")
@@ -168,7 +184,9 @@ def plot(report: dict[str, Any], folder: Path) -> None:
     with (folder / "qat" / "training_curve.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], color="#48a")
+    axes.plot(
+        [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], color="#48a"
+    )
     axes.set_xlabel("step")
     axes.set_ylabel("distillation loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ def _find(op: str) -> Callable[..., Any]:
     for module in _MODULES:
         function = getattr(module, op, None)
         if function is not None and function.__module__ == module.__name__:
-            return function  # type: ignore[no-any-return]
+            return function
     raise LookupError(f"spec has no function for operator {op}")
 
 

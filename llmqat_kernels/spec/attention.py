@@ -20,7 +20,7 @@ def cached_rows(
     pre_rope: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Tokens 0..length-1 of one slot of a cache, dequantized to ``dtype``: [Hkv, length, D] (spec 9)."""
+    """Tokens 0..length-1 of one slot, dequantized to ``dtype``: [Hkv, length, D] (spec 9)."""
     rows = codes[slot, :, :length]
     if bits not in QUANTIZED_BITS:
         return rows.to(dtype)

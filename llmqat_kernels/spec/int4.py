@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """int8 codes [..., C] -> uint8 [..., ceil(C / 2)]: low nibble = even column, two's complement."""
+    """int8 codes [..., C] -> uint8 [..., ceil(C / 2)]: low nibble = even column, two's
+    complement.
+    """
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     nibbles = codes.to(torch.uint8) & 0xF

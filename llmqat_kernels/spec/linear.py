@@ -21,7 +21,9 @@ def int_matmul(a: Tensor, w: Tensor, w_bits: int) -> Tensor:
     return (a.to(torch.float64) @ codes.to(torch.float64).T).to(torch.int32)
 
 
-def _grouped_product(a: Tensor, a_scale: Tensor, codes: Tensor, w_scale: Tensor, group_size: int) -> Tensor:
+def _grouped_product(
+    a: Tensor, a_scale: Tensor, codes: Tensor, w_scale: Tensor, group_size: int
+) -> Tensor:
     total: Tensor | None = None
     a_groups, w_groups = as_groups(a, group_size), as_groups(codes, group_size)
     for group in range(w_groups.shape[-2]):
@@ -55,9 +57,17 @@ def quantized_matmul(
 
 
 def quantized_linear(
-    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, w_bits: int, a_bits: int, group_size: int = -1
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    w_bits: int,
+    a_bits: int,
+    group_size: int = -1,
 ) -> Tensor:
-    """Float x [..., K] -> [..., N] in x's dtype; ``a_bits`` 16 or 32 is the float A16 form (spec 7)."""
+    """Float x [..., K] -> [..., N] in x's dtype; ``a_bits`` 16 or 32 is the float A16 form (spec
+    7).
+    """
     if a_bits in QUANTIZED_BITS:
         a, a_scale = quantize(x, a_bits)
         return quantized_matmul(a, a_scale, w, w_scale, bias, w_bits, group_size, x.dtype)
@@ -75,7 +85,9 @@ def qat_linear(
     group_size: int = -1,
     ste_clip: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Training forward: ``(y, x codes, x scale)``; ``weight`` is there for its gradient only (spec 7)."""
+    """Training forward: ``(y, x codes, x scale)``; ``weight`` is there for its gradient only (spec
+    7).
+    """
     a, a_scale = quantize(x, a_bits)
     return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype), a, a_scale
 
@@ -101,6 +113,8 @@ def repacked_matmul(
 
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """fp32 product of x [..., K] and a float weight [n, K] in ``repack_weight``'s layout (spec 17)."""
+    """fp32 product of x [..., K] and a float weight [n, K] in ``repack_weight``'s layout (spec
+    17).
+    """
     y = x.to(torch.float32) @ w.to(torch.float32).T
     return (y if bias is None else y + bias.to(torch.float32)).to(x.dtype)

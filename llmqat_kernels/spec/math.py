@@ -80,7 +80,7 @@ def log(x: Tensor) -> Tensor:
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """Sum of fp32 rows [..., K] -> [...], in the order every backend uses (spec 11); 0 if K is 0."""
+    """Sum of fp32 rows [..., K] -> [...] in the order of every backend (spec 11); 0 if K is 0."""
     length = x.shape[-1]
     if length == 0:
         return x.new_zeros(x.shape[:-1])

@@ -34,7 +34,11 @@ def row_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     # torch.div of two tensors: `1.0 / t` is not always the correctly rounded quotient.
     inv = torch.div(torch.ones_like(scale), scale)
     codes = torch.round(torch.clamp(x * inv.unsqueeze(-1), -limit, limit))
-    keep = torch.isfinite(scale) & (x.abs().amax(dim=-1) >= ZERO_ROW_AMAX) if x.shape[-1] else scale > 0
+    keep = (
+        torch.isfinite(scale) & (x.abs().amax(dim=-1) >= ZERO_ROW_AMAX)
+        if x.shape[-1]
+        else scale > 0
+    )
     return torch.where(keep.unsqueeze(-1), codes, torch.zeros_like(codes)).to(torch.int8)
 
 
@@ -43,7 +47,9 @@ def as_groups(x: Tensor, group_size: int) -> Tensor:
     return x if group_size == -1 else x.unflatten(-1, (x.shape[-1] // group_size, group_size))
 
 
-def quantize(x: Tensor, bits: int, group_size: int = -1, bf16_scale: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, group_size: int = -1, bf16_scale: bool = False
+) -> tuple[Tensor, Tensor]:
     """Codes int8 of x's shape and fp32 scales [...] or [..., groups] (spec 1-4)."""
     rows = as_groups(x.to(torch.float32), group_size)
     scale = row_scale(rows, bits, bf16_scale)
@@ -57,9 +63,15 @@ def dequantize(codes: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype
 
 
 def fake_quantize(
-    x: Tensor, bits: int, group_size: int = -1, ste_clip: float | None = None, bf16_scale: bool = False
+    x: Tensor,
+    bits: int,
+    group_size: int = -1,
+    ste_clip: float | None = None,
+    bf16_scale: bool = False,
 ) -> Tensor:
-    """``dequantize(quantize(x))`` in x's dtype (spec 5); ``ste_clip`` only matters to the gradient."""
+    """``dequantize(quantize(x))`` in x's dtype (spec 5); ``ste_clip`` only matters to the
+    gradient.
+    """
     codes, scale = quantize(x, bits, group_size, bf16_scale)
     return dequantize(codes, scale, group_size, x.dtype)
 

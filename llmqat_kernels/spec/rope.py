@@ -10,7 +10,7 @@ from .quantize import QUANTIZED_BITS, quantize
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of x [..., D] by cos, sin (broadcast to [..., D / 2]), in its dtype (spec 9)."""
+    """Rotate the halves of x [..., D] by cos, sin [..., D / 2], in the dtype of x (spec 9)."""
     half = x.shape[-1] // 2
     x1, x2 = x[..., :half], x[..., half:]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)

@@ -1,7 +1,10 @@
-"""Golden vectors of the specification: inputs and the exact outputs of `lq-1`, for any other implementation.
+"""Golden vectors of the specification: inputs and the exact outputs of `lq-1`, for any other
+implementation.
 
-`python -m tests.golden.make` rewrites `lq-1.safetensors` from the spec. Do that only together with a new
-spec version: the file is the memory of what trained checkpoints mean. Keys are `<case>/in/<name>` and
+`python -m tests.golden.make` rewrites `lq-1.safetensors` from the spec. Do that only together with
+a new
+spec version: the file is the memory of what trained checkpoints mean. Keys are `<case>/in/<name>`
+and
 `<case>/out/<index>`; the arguments that are not tensors are in CASES below.
 """
 
@@ -61,8 +64,14 @@ CASES: dict[str, tuple[str, tuple[object, ...]]] = {
     "fake_quantize_bf16": ("fake_quantize", ("@rows_bf16", 8)),
     "pack_int4": ("pack_int4", ("@codes4",)),
     "int_matmul": ("int_matmul", ("@a", "@codes8", 8)),
-    "matmul_w8": ("quantized_matmul", ("@a", "@a_scale", "@codes8", "@w_scale", "@bias", 8, -1, FP32)),
-    "matmul_w4_bf16": ("quantized_matmul", ("@a", "@a_scale", "@codes4", "@w_scale", None, 4, -1, BF16)),
+    "matmul_w8": (
+        "quantized_matmul",
+        ("@a", "@a_scale", "@codes8", "@w_scale", "@bias", 8, -1, FP32),
+    ),
+    "matmul_w4_bf16": (
+        "quantized_matmul",
+        ("@a", "@a_scale", "@codes4", "@w_scale", None, 4, -1, BF16),
+    ),
     "linear_w4a8": ("quantized_linear", ("@x", "@codes4", "@w_scale", "@bias", 4, 8)),
     "rms_norm_quantize": ("rms_norm_quantize", ("@x", "@weight", 1e-5, 8, "@y")),
     "silu_mul_quantize": ("silu_mul_quantize", ("@y", "@x", 8)),

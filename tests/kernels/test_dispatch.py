@@ -18,7 +18,9 @@ def test_every_operator_has_schema_reference_and_fake():
 
 
 def test_two_backends_are_collected():
-    """The shared `backend` fixture must really run on both backends wherever the library is built."""
+    """The shared `backend` fixture must really run on both backends wherever the library is
+    built.
+    """
     from tests.conftest import BACKENDS
 
     assert BACKENDS == ["reference", "cpu"]

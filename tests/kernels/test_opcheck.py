@@ -1,4 +1,6 @@
-"""Every operator: schema, fake kernel, autograd registration and tracing, by `torch.library.opcheck`."""
+"""Every operator: schema, fake kernel, autograd registration and tracing, by
+`torch.library.opcheck`.
+"""
 
 import pytest
 import torch
@@ -131,7 +133,15 @@ def _rope_quantize_append():
     for cache in _caches():
         codes = cache.k_codes, cache.k_scale, cache.v_codes, cache.v_scale
         index = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1])
-        yield torch.randn(3, 2, 8), torch.randn(3, 2, 8), *_tables(), *codes, *index, cache.bits, cache.pre_rope
+        yield (
+            torch.randn(3, 2, 8),
+            torch.randn(3, 2, 8),
+            *_tables(),
+            *codes,
+            *index,
+            cache.bits,
+            cache.pre_rope,
+        )
 
 
 def _attention_decode():
@@ -162,9 +172,12 @@ def test_every_operator_has_cases():
 
 @pytest.mark.parametrize(("op", "index"), [(op, index) for op, index, _ in CASES])
 def test_opcheck(backend, op, index):
-    case = list(globals()[f"_{op}"]())[index]  # made under this backend: weight layouts belong to one
+    case = list(globals()[f"_{op}"]())[
+        index
+    ]  # made under this backend: weight layouts belong to one
     if op == "repack_weight":
-        # the layout's size is the backend's own business, so it has no static fake shape: schema only
+        # the layout's size is the backend's own business, so it has no static fake shape: schema
+        # only
         torch.library.opcheck(getattr(ops, op).default, case, test_utils="test_schema")
         return
     torch.library.opcheck(getattr(ops, op).default, case)

@@ -30,7 +30,9 @@ def test_scale_is_the_rounded_quotient(backend):
     x = torch.randn(2000, 3, generator=generator(0))
     _, scale = qk.quantize(x, 8)
     for value, amax in zip(scale.tolist(), x.abs().amax(-1).tolist(), strict=True):
-        exact = torch.tensor(amax / 127, dtype=torch.float64).to(torch.float32)  # fp64 quotient rounds correctly
+        exact = torch.tensor(amax / 127, dtype=torch.float64).to(
+            torch.float32
+        )  # fp64 quotient rounds correctly
         assert value == exact.item()
 
 
@@ -40,7 +42,9 @@ def test_backends_equal_spec(backend, dtype, columns):
     x = special_rows(columns, dtype)
     for bits in BITS:
         for bf16_scale in (False, True):
-            codes, scale = qk.quantize(x, bits, scale_dtype=torch.bfloat16 if bf16_scale else torch.float32)
+            codes, scale = qk.quantize(
+                x, bits, scale_dtype=torch.bfloat16 if bf16_scale else torch.float32
+            )
             want_codes, want_scale = spec.quantize(x, bits, -1, bf16_scale)
             assert_same_bits(codes, want_codes, f"codes of {bits} bits")
             assert_same_bits(scale, want_scale, f"scales of {bits} bits")
@@ -187,7 +191,9 @@ def test_bad_dequantize_arguments(backend):
 
 
 def test_instruction_sets_agree_on_many_elements(isa):
-    """50 M elements over all instruction sets and bit widths are compared in benchmarks/equality.py; a slice here."""
+    """50 M elements over all instruction sets and bit widths are compared in
+    benchmarks/equality.py; a slice here.
+    """
     x = torch.randn(257, 2049, generator=generator(9))
     x[::7] *= 1e-20
     x[3, 5] = float("inf")

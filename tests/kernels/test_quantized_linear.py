@@ -1,4 +1,6 @@
-"""quantized_linear, quantized_matmul, int_matmul, qat_linear and the repacked forms: spec 7, 8, 17."""
+"""quantized_linear, quantized_matmul, int_matmul, qat_linear and the repacked forms: spec 7, 8,
+17.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,15 @@ from llmqat_kernels.spec.quantize import qmax
 from llmqat_kernels.testing import DTYPES, assert_same_bits, assert_within_ratio, generator
 
 ops = torch.ops.llmqat
-SHAPES = [(1, 1, 1), (2, 3, 5), (3, 17, 33), (7, 16, 64), (16, 65, 127), (33, 48, 576), (1, 96, 1536)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 3, 5),
+    (3, 17, 33),
+    (7, 16, 64),
+    (16, 65, 127),
+    (33, 48, 576),
+    (1, 96, 1536),
+]
 
 
 def weights(n: int, k: int, bits: int, group_size: int = -1):
@@ -29,7 +39,9 @@ def test_equals_spec(backend, dtype, m, n, k, w_bits, a_bits):
         assert_same_bits(qk.quantized_linear(x, w, scale, b, w_bits=w_bits, a_bits=a_bits), want)
         if w_bits == 4:
             packed = qk.pack_int4(w)
-            assert_same_bits(qk.quantized_linear(x, packed, scale, b, w_bits=4, a_bits=a_bits), want, "packed")
+            assert_same_bits(
+                qk.quantized_linear(x, packed, scale, b, w_bits=4, a_bits=a_bits), want, "packed"
+            )
 
 
 @pytest.mark.parametrize("group_size", [4, 16, 32, 64])
@@ -55,7 +67,9 @@ def test_repacked_equals_plain(backend, m, n, k):
         want = spec.quantized_matmul(a, a_scale, w, scale, None, w_bits, -1, torch.float32)
         assert_same_bits(repacked(a, a_scale, w, scale, w_bits, n), want, f"{w_bits} bits")
         if w_bits == 4:
-            assert_same_bits(repacked(a, a_scale, qk.pack_int4(w), scale, 4, n), want, "from packed")
+            assert_same_bits(
+                repacked(a, a_scale, qk.pack_int4(w), scale, 4, n), want, "from packed"
+            )
 
 
 @pytest.mark.parametrize("k", [1, 31, 33, 1040, 1041, 4096, 11008, 28672])
@@ -99,7 +113,9 @@ def test_float_matmul(backend):
         got = qk.float_matmul(x, layout, n=70)
         assert_within_ratio(got, x @ w.float().T, x.double() @ w.double().T)
         if backend == "cpu":
-            assert_same_bits(qk.float_matmul(x[4:5], layout, n=70), got[4:5], "a row of a smaller batch")
+            assert_same_bits(
+                qk.float_matmul(x[4:5], layout, n=70), got[4:5], "a row of a smaller batch"
+            )
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (0, 3, 8)])
@@ -128,7 +144,9 @@ def test_qat_linear_serves_what_it_trains(backend, dtype, ste_clip):
     bias = torch.randn(12, generator=generator(3)).requires_grad_()
     y = qk.qat_linear(x, weight, bias, w_bits=4, a_bits=8, ste_clip=ste_clip)
     codes, scale = qk.quantize(weight.detach(), 4, scale_dtype=torch.bfloat16)
-    served = qk.quantized_linear(x.detach(), qk.pack_int4(codes), scale, bias.detach(), w_bits=4, a_bits=8)
+    served = qk.quantized_linear(
+        x.detach(), qk.pack_int4(codes), scale, bias.detach(), w_bits=4, a_bits=8
+    )
     assert_same_bits(y.detach(), served)
 
     grad = torch.randn(y.shape, generator=generator(4)).to(dtype)
@@ -176,10 +194,8 @@ def test_qat_linear_saves_only_codes_and_scales(backend):
     ],
 )
 def test_bad_arguments(backend, change, error, word):
-    arguments = {
-        "x": torch.ones(2, 8), "w": torch.ones(3, 8, dtype=torch.int8), "w_scale": torch.ones(3), "bias": None,
-        "w_bits": 4, "a_bits": 8,
-    } | change  # fmt: skip
+    arguments = {"x": torch.ones(2, 8), "w": torch.ones(3, 8, dtype=torch.int8)}
+    arguments |= {"w_scale": torch.ones(3), "bias": None, "w_bits": 4, "a_bits": 8} | change
     with pytest.raises(error, match=word) as caught:
         qk.quantized_linear(**arguments)
     assert "\n" not in str(caught.value)

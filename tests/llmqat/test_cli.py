@@ -80,6 +80,9 @@ def test_info_json(capsys):
     assert cli.main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert set(info["operators"]["cpu"]) == set(SCHEMAS)
-    assert all(c["backend"] in ("cpu", "reference") and c["reason"] for c in info["operators"]["cpu"].values())
+    assert all(
+        c["backend"] in ("cpu", "reference") and c["reason"]
+        for c in info["operators"]["cpu"].values()
+    )
     assert cli.main(["info"]) == 0
     assert "operators on cpu" in capsys.readouterr().out

@@ -10,8 +10,19 @@ from llmqat.errors import ConfigError
 
 
 def test_stages_are_the_river_in_order(tmp_path):
-    names = [stage.name for stage in stages(Settings(tmp_path, tmp_path), tmp_path / "teacher", tmp_path / "text")]
-    river = ["eval_full_precision", "generate_data", "train", "eval_qat", "export", "eval_packed", "generate"]
+    names = [
+        stage.name
+        for stage in stages(Settings(tmp_path, tmp_path), tmp_path / "teacher", tmp_path / "text")
+    ]
+    river = [
+        "eval_full_precision",
+        "generate_data",
+        "train",
+        "eval_qat",
+        "export",
+        "eval_packed",
+        "generate",
+    ]
     assert [name for name in names if name in river] == river
 
 

@@ -111,7 +111,9 @@ def test_learns_and_leaves_the_teacher_alone(tmp_path):
 
 
 class _Stop(TrainerCallback):
-    """Ends the process's work in the middle of a step, as a kill does: nothing after it is written."""
+    """Ends the process's work in the middle of a step, as a kill does: nothing after it is
+    written.
+    """
 
     def __init__(self, step):
         self.step = step
@@ -130,7 +132,8 @@ def straight(tmp_path_factory):
     return folder
 
 
-# Just before and after a save, at an epoch's end (4 steps), at the last step, and before anything is saved.
+# Just before and after a save, at an epoch's end (4 steps), at the last step, and before anything
+# is saved.
 @pytest.mark.parametrize("kills", [(2,), (4,), (5, 8), (9,), (10,)])
 def test_resume_is_bit_identical(tmp_path, straight, kills):
     def trainer(*callbacks):
