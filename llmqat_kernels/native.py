@@ -49,7 +49,7 @@ def _load() -> str:
         minimum = ".".join(map(str, MIN_TORCH))
         return f"torch {torch.__version__} is too old: install torch >= {minimum}"
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}; rebuild with `{BUILD_COMMAND}`"
     return ""

@@ -1,12 +1,15 @@
 // SiLU(gate) * up of one row.
 //
 // Math:     spec 14, exp of spec 13.
-// Shapes:   one row of n values a call; quantize_row follows in the binding on a row that is still
-// in L1. Dtypes:   fp32, bf16, fp16 in and out; fp32 arithmetic. Tiling:   none. Cost:     about 30
-// instructions for 16 values (AVX-512): n = 1536 takes about 1 us. Bound: arithmetic. Numerics:
-// exact: multiplies and adds of the polynomial are separate roundings. Edges:    g < -88 gives -0
-// (the exponential is inf), g = -inf NaN, NaN NaN. Limits:   MXCSR at its default. Tests:
-// tests/kernels/test_silu_mul_quantize_spec.py Bench:    llmqat bench silu_mul_quantize
+// Shapes:   one row of n values a call; quantize_row follows on a row that is still in L1.
+// Dtypes:   fp32, bf16, fp16 in and out; fp32 arithmetic.
+// Tiling:   none.
+// Cost:     about 30 instructions for 16 values (AVX-512). Bound: arithmetic.
+// Numerics: exact: multiplies and adds of the polynomial are separate roundings.
+// Edges:    g < -88 gives -0 (the exponential is inf), g = -inf NaN, NaN NaN.
+// Limits:   MXCSR at its default.
+// Tests:    tests/kernels/test_silu_mul_quantize_spec.py
+// Bench:    llmqat bench silu_mul_quantize
 #include "cpu/activation.h"
 
 #include "cpu/simd.h"

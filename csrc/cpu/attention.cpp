@@ -1,19 +1,19 @@
 // Attention over one head of the KV cache: decode steps and prefill.
 //
-// Math:     spec 9. s_t = k_scale_t * (scaling * q . k_t), online softmax, y = sum_t (p_t *
-// v_scale_t) v_t / sum_t p_t. Shapes:   up to 32 (query, head) rows that read the same cached head:
-// the query heads of a GQA group, and
-//           the queries of one slot in a prefill. Any even head_dim; multiples of 16 (32 rotated)
-//           run whole vectors.
-// Dtypes:   q and out fp32, bf16, fp16; cache int8, packed int4, fp32, bf16, fp16; fp32 arithmetic.
+// Math:     spec 9. s_t = k_scale_t * (scaling * q . k_t), online softmax,
+//           y = sum_t (p_t * v_scale_t) v_t / sum_t p_t.
+// Shapes:   up to 32 (query, head) rows that read the same cached head: the query heads of a GQA
+//           group, and the queries of one slot in a prefill. Any even head_dim; multiples of 16
+//           (rotated: 32) run in whole vectors.
+// Dtypes:   q, out fp32, bf16, fp16; cache int8, packed int4, fp32, bf16, fp16; fp32 arithmetic.
 // Tiling:   blocks of 64 tokens: K and V as fp32 rows (2 x 16 KiB at head_dim 64) and the scores
-// stay in L1;
-//           groups of 4 rows share each loaded vector, 4 x 4 accumulators fill half of the
-//           registers.
-// Cost:     head_dim 64, 3 heads a group, int8: about 40 cycles a token and KV head; bound by FMA
-// and conversion. Numerics: 2x rule. A row's arithmetic does not depend on the other rows, so
-// neither do its bits. Edges:    length 0 gives 0; a NaN scale within the length gives NaN; nothing
-// past a length is read into a result. Limits:   offsets and lengths were checked by the binding.
+//           stay near L1; groups of 4 rows share each loaded vector, 4 x 4 accumulators fill half of
+//           the registers, the other half holds what they read.
+// Cost:     head_dim 64, 3 heads a group, int8: about 60 vector instructions a token and KV head.
+// Numerics: 2x rule. Neither the arithmetic nor the bits of a row depend on the other rows.
+// Edges:    length 0 gives 0; a NaN scale within the length gives NaN; nothing past a row's own
+//           length enters its result.
+// Limits:   offsets and lengths were checked by the binding.
 // Tests:    tests/kernels/test_attention_decode_spec.py
 // Bench:    llmqat bench attention_decode
 #include "cpu/attention.h"

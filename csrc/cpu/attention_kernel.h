@@ -4,9 +4,8 @@
 inline constexpr int kGroup = 4;  // rows that share a loaded K or V vector
 inline constexpr int kSlice = 4;  // V vectors whose sums stay in registers: 4 x 4 accumulators
 
-inline constexpr int kTokens = kLanes >= 16  ? 4
-                               : kLanes >= 8 ? 2
-                                             : 1;  // that share a loaded query vector
+// Tokens that share a loaded query vector.
+inline constexpr int kTokens = kLanes >= 16 ? 4 : kLanes >= 8 ? 2 : 1;
 
 LLMQAT_SIMD inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

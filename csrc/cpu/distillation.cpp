@@ -3,11 +3,9 @@
 // Math:     spec 10: log(sum e^(s-ms)) - sum_v p_v (s_v - ms), p = softmax(teacher).
 // Shapes:   one token's V logits a call; the caller bounds the chunk of rows that exist.
 // Dtypes:   fp32 logits and gradient; block sums in fp64.
-// Tiling:   blocks of 1,024 values flush fp32 lane sums to fp64, so that V = 128k loses no digits.
-// Cost:     three passes over 2V floats in L2 (maxima, sums, gradient), three exps a value, about
-// 80
-//           instructions for 16 values. The [tokens, V] softmaxes of the plain form are never
-//           stored.
+// Tiling:   blocks of 1,024 values flush fp32 lane sums to fp64, so V = 128k loses no digits.
+// Cost:     three passes over 2V floats in L2 (maxima, sums, gradient) and three exps a value: about
+//           80 instructions for 16 values. The softmaxes themselves are never stored.
 // Numerics: not exact; NaN in either row makes loss and gradient NaN.
 // Edges:    -inf logits: a teacher probability of 0 contributes 0.
 // Limits:   V >= 1.

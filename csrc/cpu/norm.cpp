@@ -1,14 +1,15 @@
 // RMSNorm of one row, with the residual addition in front.
 //
 // Math:     spec 12, tree_sum of spec 11.
-// Shapes:   one row of n values a call; quantize_row follows in the binding on a row that is still
-// in L1. Dtypes:   fp32, bf16, fp16 in and out; fp32 weight (the binding widens it) and arithmetic.
+// Shapes:   one row of n values a call; quantize_row follows on a row that is still in L1.
+// Dtypes:   fp32, bf16, fp16 in and out; fp32 weight (the binding widens it) and arithmetic.
 // Tiling:   none; a row and its squares (8n bytes) stay in L1 for n <= 4096.
-// Cost:     n = 576: about 0.2 us a row; the floor is the two passes of loads and stores.
-// Numerics: exact. The sum is a tree over halves: elementwise adds, so that lane counts do not
-// matter. Edges:    n = 0 writes nothing; NaN and Inf go through to y. Limits:   MXCSR at its
-// default. Tests:    tests/kernels/test_rms_norm_quantize_spec.py Bench:    llmqat bench
-// rms_norm_quantize
+// Cost:     two passes of loads and stores and one of adds over n floats in L1.
+// Numerics: exact. The sum is a tree over halves: elementwise adds, so lane counts do not matter.
+// Edges:    n = 0 writes nothing; NaN and Inf go through to y.
+// Limits:   MXCSR at its default.
+// Tests:    tests/kernels/test_rms_norm_quantize_spec.py
+// Bench:    llmqat bench rms_norm_quantize
 #include "cpu/norm.h"
 
 #include <bit>

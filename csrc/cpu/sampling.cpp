@@ -1,13 +1,13 @@
 // Greedy and Gumbel-max sampling with counter-based noise.
 //
 // Math:     spec 15, 16. Noise is at most kNoiseBound, and noise g needs u >= 1 - e^-g, because
-// -log(u) >= 1 - u. Shapes:   one row of V logits a call. Dtypes:   fp32, bf16, fp16 logits.
+//           -log(u) >= 1 - u.
+// Shapes:   one row of V logits a call.
+// Dtypes:   fp32, bf16, fp16 logits.
 // Tiling:   groups of 64 tokens = 16 Philox counters, one vector of them with AVX-512.
 // Cost:     one pass for the maxima of the groups; then only groups that can still win draw their
-// words (3
-//           cycles a token), and only words large enough to win take logarithms. The group of the
-//           largest logit goes first, so that the bar is high from the start. V = 49,152: about 30
-//           us, greedy 6 us.
+//           words (about 2 instructions a token), and only words large enough take logarithms. The
+//           group of the largest logit goes first, so that the bar is high from the start.
 // Numerics: exact: what is skipped could not have won, and what is not is computed by spec 16.
 // Edges:    NaN, or nothing finite: -1. Ties go to the smaller index. +Inf wins.
 // Limits:   V < 2^32.
