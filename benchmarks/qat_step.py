@@ -133,7 +133,7 @@ class Step:
         self.student = load(torch.float32).train()
         llmqat.prepare(self.student, llmqat.QATConfig.parse(setting, kv_mode="serving"))
         # So small that every step does the same work on practically the same weights.
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-9, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
         vocab = self.student.config.vocab_size
         self.ids = torch.randint(
             20, vocab, (batch, length), generator=torch.Generator().manual_seed(1)

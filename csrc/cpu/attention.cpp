@@ -7,7 +7,7 @@
 //           (rotated: 32) run in whole vectors.
 // Dtypes:   q, out fp32, bf16, fp16; cache int8, packed int4, fp32, bf16, fp16; fp32 arithmetic.
 // Tiling:   blocks of 64 tokens: K and V as fp32 rows (2 x 16 KiB at head_dim 64) and the scores
-//           stay near L1; groups of 4 rows share each loaded vector, 4 x 4 accumulators fill half of
+//           stay near L1; groups of 4 rows share each loaded vector; 4 x 4 sums fill half of
 //           the registers, the other half holds what they read.
 // Cost:     head_dim 64, 3 heads a group, int8: about 60 vector instructions a token and KV head.
 // Numerics: 2x rule. Neither the arithmetic nor the bits of a row depend on the other rows.

@@ -4,7 +4,7 @@
 // Shapes:   one token's V logits a call; the caller bounds the chunk of rows that exist.
 // Dtypes:   fp32 logits and gradient; block sums in fp64.
 // Tiling:   blocks of 1,024 values flush fp32 lane sums to fp64, so V = 128k loses no digits.
-// Cost:     three passes over 2V floats in L2 (maxima, sums, gradient) and three exps a value: about
+// Cost:     three passes over 2V floats in L2 (maxima, sums, gradient), three exps a value: about
 //           80 instructions for 16 values. The softmaxes themselves are never stored.
 // Numerics: not exact; NaN in either row makes loss and gradient NaN.
 // Edges:    -inf logits: a teacher probability of 0 contributes 0.

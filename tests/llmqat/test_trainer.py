@@ -337,7 +337,7 @@ def test_a_diverged_run_stops_before_it_saves(tmp_path, monkeypatch):
 def test_the_defaults_are_the_papers(tmp_path):
     arguments = training_arguments(str(tmp_path), use_cpu=True)
     assert (arguments.learning_rate, arguments.weight_decay, arguments.warmup_steps) == (2e-5, 0, 0)
-    assert (arguments.lr_scheduler_type, arguments.optim) == ("cosine", "adamw_torch")
+    assert (arguments.lr_scheduler_type, arguments.optim) == ("cosine", "adamw_torch_fused")
     assert (arguments.num_train_epochs, arguments.max_grad_norm, arguments.seed) == (1, 1, 42)
     trainer = QATTrainer(
         prepare(tiny_llama(), CONFIG), arguments, _data(), teacher=tiny_llama(seed=1)
