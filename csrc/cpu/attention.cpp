@@ -15,7 +15,7 @@
 //           length enters its result.
 // Limits:   offsets and lengths were checked by the binding.
 // Tests:    tests/kernels/test_attention_decode_spec.py
-// Bench:    llmqat bench attention_decode
+// Bench:    python -m benchmarks.run --op attention_decode
 #include "cpu/attention.h"
 
 #include <cstring>

@@ -10,7 +10,7 @@
 // Edges:    -inf logits: a teacher probability of 0 contributes 0.
 // Limits:   V >= 1.
 // Tests:    tests/kernels/test_distillation_loss_spec.py
-// Bench:    llmqat bench distillation_loss
+// Bench:    python -m benchmarks.run --op distillation_loss
 #include "cpu/distillation.h"
 
 #include <cmath>

@@ -5,7 +5,7 @@
 // or 32 (AVX2) a step. Cost:     memory-bound. Floor: 1.5 bytes of traffic per code. Numerics:
 // integers. Edges:    an odd last column is paired with nibble 0; tails use the scalar formula.
 // Tests:    tests/kernels/test_native.py.
-// Bench:    llmqat bench pack_int4
+// Bench:    python -m benchmarks.run --op pack_int4
 #include <immintrin.h>
 
 #include "cpu/int4_rows.h"

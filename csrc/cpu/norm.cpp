@@ -9,7 +9,7 @@
 // Edges:    n = 0 writes nothing; NaN and Inf go through to y.
 // Limits:   MXCSR at its default.
 // Tests:    tests/kernels/test_rms_norm_quantize_spec.py
-// Bench:    llmqat bench rms_norm_quantize
+// Bench:    python -m benchmarks.run --op rms_norm_quantize
 #include "cpu/norm.h"
 
 #include <bit>

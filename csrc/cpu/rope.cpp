@@ -9,7 +9,7 @@
 // Edges:    NaN and Inf go through.
 // Limits:   out must not overlap x.
 // Tests:    tests/kernels/test_rope_quantize_append_spec.py
-// Bench:    llmqat bench rope_quantize_append
+// Bench:    python -m benchmarks.run --op rope_quantize_append
 #include "cpu/rope.h"
 
 #include "cpu/simd.h"

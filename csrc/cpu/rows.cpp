@@ -13,7 +13,7 @@
 // Edges:    n = 0 gives scale 1; tails: lane masks (AVX-512) or the scalar formula (AVX2).
 // Limits:   MXCSR must be at its default (round to nearest, no flush to zero), as torch leaves it.
 // Tests:    tests/kernels/test_native.py, tests/kernels/test_quantize.py.
-// Bench:    llmqat bench quantize
+// Bench:    python -m benchmarks.run --op quantize
 #include "cpu/rows.h"
 
 #include <bit>

@@ -12,7 +12,7 @@
 // Edges:    NaN, or nothing finite: -1. Ties go to the smaller index. +Inf wins.
 // Limits:   V < 2^32.
 // Tests:    tests/kernels/test_sample_spec.py
-// Bench:    llmqat bench sample
+// Bench:    python -m benchmarks.run --op sample
 #include "cpu/sampling.h"
 
 #include <algorithm>

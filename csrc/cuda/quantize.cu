@@ -15,7 +15,7 @@
 // Edges:    rows = 0 launches nothing; columns = 0 gives scale 1; NaN, Inf, zero: see row_scale.
 // Limits:   sm_80 or newer (redux.sync); rows <= 2^31 - 1 blocks.
 // Tests:    tests/kernels/test_native.py, tests/emulator/test_quantize.py.
-// Bench:    llmqat bench quantize
+// Bench:    python -m benchmarks.run --op quantize
 #include <climits>
 
 #include "cuda/launchers.h"

@@ -51,6 +51,9 @@ class GenerateArguments:
     kv_mode: str | None = field(
         default=None, metadata={"help": "paper or serving; the model's own otherwise."}
     )
+    head_bits: int = field(
+        default=16, metadata={"help": "16 is exact; 8 quantizes the head too: faster, approximate."}
+    )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; torch's default otherwise."}
     )
@@ -98,7 +101,14 @@ def run(arguments: GenerateArguments) -> None:
             f"prompt: its {len(prompt)} tokens fill the model's {positions} positions; shorten it"
         )
     max_len = min(len(prompt) + a.max_new_tokens, positions)
-    engine = Engine(model, max_slots=1, max_len=max_len, kv_bits=a.kv_bits, kv_mode=a.kv_mode)
+    engine = Engine(
+        model,
+        max_slots=1,
+        max_len=max_len,
+        kv_bits=a.kv_bits,
+        kv_mode=a.kv_mode,
+        head_bits=a.head_bits,
+    )
     del model  # the engine holds the weights in its own layout
 
     clock = _Clock(None if a.json else _streamer(tokenizer, prompt))

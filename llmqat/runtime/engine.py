@@ -1,12 +1,5 @@
 """The runtime engine: prefill and decode over a quantized KV cache, without transformers' forward.
 
-Only operators of ``llmqat_kernels`` run between the embedding and the logits. Their kernels are
-looked up once, for the backend in force when the engine is built (the weights are in that backend's
-layout), so a step is a short list of calls: per block with quantized activations
-
-    rms_norm_quantize(+residual) > qkv > rope(q) > rope_quantize_append > attention_decode
-    > quantize > o > rms_norm_quantize(+residual) > gate_up > silu_mul_quantize > down
-
 A row of a step is one token of one slot. A row's result does not depend on the other rows on the
 CPU (integer products are exact, float products and attention go row by row: spec 7, 9, 17), so
 batching, order and slot never change a sequence.
@@ -15,7 +8,6 @@ batching, order and slot never change a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -23,46 +15,19 @@ from torch import Tensor, nn
 from llmqat.config import KV_MODES, PACKED_KV_BITS
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family
+from llmqat.runtime.forward import Forward
+from llmqat.runtime.replay import Pass, record
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
-from llmqat.runtime.weights import Block, FusedLinear, extract
+from llmqat.runtime.weights import extract
 from llmqat_kernels import KVCache, current_backend
-from llmqat_kernels.dispatch import resolve
 from llmqat_kernels.errors import InvalidArgument
 
-OPERATORS = (
-    "quantize",
-    "fake_quantize",
-    "rms_norm",
-    "rms_norm_quantize",
-    "silu_mul",
-    "silu_mul_quantize",
-    "repacked_matmul",
-    "float_matmul",
-    "rope",
-    "rope_quantize_append",
-    "attention_decode",
-)
 DEFAULT_MAX_LEN = 2048
 ROWS_PER_PASS = 256
 """Rows of one pass through the blocks: bounds the activations of a long prompt, amortizes reading
 the weights.
 """
-
-
-class _Rows:
-    """The rows of one pass: slot, position and visible length of each token, int64 [n] on the
-    device.
-    """
-
-    __slots__ = ("lengths", "positions", "slots")
-
-    def __init__(
-        self, slots: Sequence[int], positions: Sequence[int], device: torch.device
-    ) -> None:
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
-        self.lengths = self.positions + 1
 
 
 class Engine:
@@ -81,6 +46,9 @@ class Engine:
         dtype: of the activations; None takes the model's.
         weight_dtype: storage of float weights; None keeps the model's, as bf16 where that is
             lossless.
+        head_bits: 16 keeps the head as it is; 8 quantizes it and its input to 8 bits (approximate:
+            the method leaves the head alone).
+        replay: record the pass and replay it without Python between the operators; same bits.
 
     Raises:
         ConfigError: an unsupported model or KV setting. InvalidArgument: sizes out of range.
@@ -96,6 +64,8 @@ class Engine:
         kv_mode: str | None = None,
         dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
+        head_bits: int = 16,
+        replay: bool = True,
     ) -> None:
         if max_slots < 1:
             raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
@@ -107,7 +77,11 @@ class Engine:
         self.dtype: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
         with torch.inference_mode():
             self.weights = extract(
-                model, max_len=max_len, dtype=self.dtype, weight_dtype=weight_dtype
+                model,
+                max_len=max_len,
+                dtype=self.dtype,
+                weight_dtype=weight_dtype,
+                head_bits=head_bits,
             )
         weights, quantization = self.weights, self.weights.quantization
         self.device = weights.embedding.device
@@ -123,9 +97,6 @@ class Engine:
                 f"kv_mode: {self.kv_mode!r} is not supported; use {' or '.join(KV_MODES)}"
             )
         self.backend = current_backend()
-        self._kernels = SimpleNamespace(
-            **{op: resolve(op, self.device.type, self.backend).kernel for op in OPERATORS}
-        )
         self._caches = [
             KVCache.allocate(
                 max_slots,
@@ -140,12 +111,13 @@ class Engine:
             for _ in weights.blocks
         ]
         self._lengths = [0] * max_slots
-        self._steps: list[tuple[Callable[..., tuple[Tensor, Tensor]], Block, KVCache]] = [
-            (self._float_block if block.integer_bits is None else self._integer_block, block, cache)
-            for block, cache in zip(weights.blocks, self._caches, strict=True)
-        ]
-        self._halves = (weights.blocks[0].gate_up.n // 2,) * 2
-        self._heads = (weights.heads, weights.kv_heads, weights.kv_heads)
+        self.forward = Forward(weights, self._caches, self.dtype, self.backend)
+        self._run: Pass = self.forward
+        # The reference backend is Python itself and cannot be recorded.
+        if replay and "reference" not in self.backends().values():
+            zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+            with torch.inference_mode():  # writes to slot 0, which is empty: nothing sees it
+                self._run = record(self.forward, (zero, zero.clone(), zero.clone()))
 
     # What it holds
 
@@ -166,7 +138,7 @@ class Engine:
 
     def backends(self) -> dict[str, str]:
         """Which backend runs each operator."""
-        return {op: resolve(op, self.device.type, self.backend).backend for op in OPERATORS}
+        return self.forward.backends
 
     # Sequences
 
@@ -234,7 +206,7 @@ class Engine:
         hidden = self._passes(ids, row_slots, positions, last)
         for slot, new in zip(slots, tokens, strict=True):
             self._lengths[slot] += len(new)
-        return self._float(self.weights.head, hidden)
+        return self.forward.logits(hidden)
 
     def generate(
         self,
@@ -285,12 +257,12 @@ class Engine:
     def _passes(
         self, ids: list[int], slots: list[int], positions: list[int], last: list[int]
     ) -> Tensor:
-        """Normed hidden states [len(last), H] of the rows ``last``, in passes of at most
+        """The residual stream [len(last), H] of the rows ``last``, in passes of at most
         ROWS_PER_PASS rows.
         """
         if len(ids) <= ROWS_PER_PASS:
             hidden = self._blocks(ids, slots, positions)
-            return self._final_norm(
+            return (
                 hidden if len(last) == len(ids) else hidden[torch.tensor(last, device=self.device)]
             )
         wanted, kept = set(last), []
@@ -299,112 +271,12 @@ class Engine:
             hidden = self._blocks(ids[begin:end], slots[begin:end], positions[begin:end])
             rows = [row - begin for row in range(begin, end) if row in wanted]
             kept.append(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
-        return self._final_norm(torch.cat(kept))
-
-    def _final_norm(self, hidden: Tensor) -> Tensor:
-        return self._kernels.rms_norm(hidden, self.weights.norm, self.weights.norm_eps)  # type: ignore[no-any-return]
+        return torch.cat(kept)
 
     def _blocks(self, ids: list[int], slots: list[int], positions: list[int]) -> Tensor:
         """The residual stream [n, H] after the last block."""
-        rows = _Rows(slots, positions, self.device)
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        stream = self.weights.embedding.index_select(0, tokens).to(self.dtype)
-        delta: Tensor | None = None
-        for run, block, cache in self._steps:
-            stream, delta = run(block, cache, stream, delta, rows)
-        return stream if delta is None else stream + delta
-
-    def _integer_block(
-        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: _Rows
-    ) -> tuple[Tensor, Tensor]:
-        """One block whose linears all take codes; returns the stream and what is to be added to
-        it.
-        """
-        kernels, bits = self._kernels, block.qkv.a_bits
-        codes, scale, total = kernels.rms_norm_quantize(
-            stream, block.input_norm, block.input_eps, bits, delta
+        ids_, slots_, positions_ = (
+            torch.tensor(values, dtype=torch.int64, device=self.device)
+            for values in (ids, slots, positions)
         )
-        if delta is not None:
-            stream = total
-        mixed = self._attend(cache, self._integer(block.qkv, codes, scale), rows)
-        codes, scale = kernels.quantize(mixed, bits, -1, False)
-        delta = self._integer(block.o, codes, scale)
-        codes, scale, stream = kernels.rms_norm_quantize(
-            stream, block.post_norm, block.post_eps, bits, delta
-        )
-        gate, up = self._integer(block.gate_up, codes, scale).split_with_sizes(self._halves, 1)
-        codes, scale = kernels.silu_mul_quantize(gate, up, bits)
-        return stream, self._integer(block.down, codes, scale)
-
-    def _float_block(
-        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: _Rows
-    ) -> tuple[Tensor, Tensor]:
-        """One block of which at least one linear takes floats."""
-        kernels = self._kernels
-        if delta is not None:
-            stream = stream + delta
-        normed = kernels.rms_norm(stream, block.input_norm, block.input_eps)
-        mixed = self._attend(cache, self._linear(block.qkv, normed), rows)
-        stream = stream + self._linear(block.o, mixed)
-        normed = kernels.rms_norm(stream, block.post_norm, block.post_eps)
-        gate, up = self._linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
-        return stream, self._linear(block.down, kernels.silu_mul(gate, up))
-
-    def _attend(self, cache: KVCache, qkv: Tensor, rows: _Rows) -> Tensor:
-        """Write K and V of the rows, then attend: qkv [n, (H + 2 Hkv) D] -> [n, H D]."""
-        kernels, weights = self._kernels, self.weights
-        cos, sin = weights.cos, weights.sin
-        q, k, v = qkv.view(qkv.shape[0], -1, weights.head_dim).split_with_sizes(self._heads, 1)
-        kernels.rope_quantize_append(
-            k,
-            v,
-            cos,
-            sin,
-            cache.k_codes,
-            cache.k_scale,
-            cache.v_codes,
-            cache.v_scale,
-            rows.slots,
-            rows.positions,
-            cache.bits,
-            cache.pre_rope,
-        )
-        mixed = kernels.attention_decode(
-            kernels.rope(q, cos, sin, rows.positions),
-            cache.k_codes,
-            cache.k_scale,
-            cache.v_codes,
-            cache.v_scale,
-            cos,
-            sin,
-            rows.slots,
-            rows.lengths,
-            weights.scaling,
-            cache.bits,
-            cache.pre_rope,
-        )
-        return mixed.view(qkv.shape[0], -1)  # type: ignore[no-any-return]
-
-    def _integer(self, linear: FusedLinear, codes: Tensor, scale: Tensor) -> Tensor:
-        return self._kernels.repacked_matmul(  # type: ignore[no-any-return]
-            codes,
-            scale,
-            linear.weight,
-            linear.scale,
-            linear.bias,
-            linear.n,
-            linear.w_bits,
-            linear.group_size,
-            self.dtype,
-        )
-
-    def _float(self, linear: FusedLinear, x: Tensor) -> Tensor:
-        return self._kernels.float_matmul(x, linear.weight, linear.bias, linear.n)  # type: ignore[no-any-return]
-
-    def _linear(self, linear: FusedLinear, x: Tensor) -> Tensor:
-        """Any linear on float input."""
-        if linear.integer:
-            return self._integer(linear, *self._kernels.quantize(x, linear.a_bits, -1, False))
-        if linear.a_bits < 16:
-            x = self._kernels.fake_quantize(x, linear.a_bits, -1, None, False)
-        return self._float(linear, x)
+        return self._run(ids_, slots_, positions_)

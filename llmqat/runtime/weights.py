@@ -238,8 +238,25 @@ def rotary_tables(rotary: nn.Module, length: int, device: torch.device) -> tuple
     return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
+def _head(
+    module: nn.Module, head_bits: int, dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> FusedLinear:
+    if head_bits in (16, 32):
+        return fuse((module,), dtype, weight_dtype)
+    if head_bits != 8:
+        raise ConfigError(f"head_bits: {head_bits} is not supported; use 8 or 16")
+    codes, scale = qk.quantize(module.weight.detach(), 8)
+    layout, bias = qk.repack_weight(codes, 8), module.bias
+    return FusedLinear(layout, scale, None if bias is None else bias.detach(), len(codes), 8, 8, -1)
+
+
 def extract(
-    model: nn.Module, *, max_len: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+    model: nn.Module,
+    *,
+    max_len: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None = None,
+    head_bits: int = 16,
 ) -> ModelWeights:
     """Read a LLaMA-family model of transformers, plain, prepared or converted.
 
@@ -248,6 +265,7 @@ def extract(
         dtype: of the activations.
         weight_dtype: storage of float weights (embedding, head and unquantized linears); None keeps
             the model's own, as bf16 where that is lossless.
+        head_bits: 16, or 8 for a head of 8-bit codes that takes 8-bit input.
 
     Raises:
         ConfigError: an architecture or layer the engine cannot run. InvalidArgument: ``max_len``.
@@ -291,7 +309,7 @@ def extract(
         blocks=tuple(blocks),
         norm=base.norm.weight.detach(),
         norm_eps=base.norm.variance_epsilon,
-        head=linear(model.lm_head),
+        head=_head(model.lm_head, head_bits, dtype, weight_dtype),
         cos=cos,
         sin=sin,
         heads=config.num_attention_heads,

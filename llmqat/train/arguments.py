@@ -112,7 +112,8 @@ class TrainArguments:
     device: str = _option("cpu", "cpu or cuda.")
     threads: int | None = _option(None, "CPU threads; torch's default otherwise.")
     dtype: str = _option(
-        "float32", "float32, or bfloat16: autocast over fp32 master weights, teacher in bfloat16."
+        "float32",
+        "float32, or bfloat16: autocast over fp32 masters (slower than float32 on many CPUs).",
     )
     gradient_checkpointing: bool = _option(
         False, "Recompute activations in backward: less memory, same result."

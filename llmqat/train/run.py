@@ -34,6 +34,7 @@ from llmqat.runtime.loading import (
     set_threads,
 )
 from llmqat.train.arguments import TrainArguments
+from llmqat.train.losses import find_loss
 from llmqat.train.metrics import read_metrics
 from llmqat.train.trainer import METRICS, QATTrainer, training_arguments
 
@@ -163,7 +164,7 @@ def _build(
     settings = arguments.to_trainer(use_cpu=device.type == "cpu", report_to=_tracker())
     prepare(student, config)
     teacher = None
-    if arguments.loss != "label":
+    if find_loss(arguments.loss).needs_teacher:
         dtype = getattr(torch, arguments.dtype)
         teacher = load_plain("teacher", arguments.teacher or arguments.model, dtype)
     return QATTrainer(

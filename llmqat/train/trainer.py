@@ -110,7 +110,7 @@ class QATTrainer(Trainer):
             raise ConfigError(
                 "device: several GPUs in one process; use torchrun or CUDA_VISIBLE_DEVICES"
             )
-        _check_student(model, args)
+        _check_student(model)
         if self.loss.needs_teacher:
             if teacher is None:
                 raise ConfigError(
@@ -275,7 +275,7 @@ class _Progress(ProgressCallback):
             bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
 
 
-def _check_student(model: nn.Module, args: TrainingArguments) -> None:
+def _check_student(model: nn.Module) -> None:
     _plain_head("student", model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:

@@ -15,6 +15,7 @@ from llmqat.convert import convert, prepare
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
 from llmqat.runtime import Engine, Request, Sampling, run_requests
+from llmqat.runtime.replay import record
 from llmqat.runtime.weights import fuse, narrow
 from tests.llmqat.tiny import random_tokens, tiny_llama
 
@@ -107,7 +108,7 @@ def test_linears_bit_equal(backend, dtype, setting, fields):
         (block.down, (mlp.down_proj,), wide),
     ):
         with torch.inference_mode():
-            got = engine._linear(linear, value)
+            got = engine.forward.linear(linear, value)
             expected = torch.cat([module(value) for module in modules], dim=-1)
         assert linear.integer and got.dtype == dtype
         assert torch.equal(got, expected)
@@ -177,6 +178,44 @@ def test_rows_do_not_depend_on_each_other(setting):
             for token in prompt:
                 alone.decode([token], [0])
             assert torch.equal(alone.decode([i + 1], [0])[0], after[i])
+
+
+@pytest.mark.parametrize("setting", ["16-16-16", "4-8-4", "16-8-16"])
+def test_replay_gives_the_same_bits(backend, setting):
+    model = quantized(tiny_llama(20), setting, "serving")
+    python = Engine(model, max_slots=3, max_len=16, replay=False)
+    replay = Engine(model, max_slots=3, max_len=16)
+    assert (replay._run is replay.forward) == (backend == "reference")
+    for engine in (python, replay):
+        engine.prefill([0, 2], [[1, 2, 3, 4], [9]])
+        engine.decode([5], [2])
+    assert torch.equal(python.decode([6, 7], [2, 0]), replay.decode([6, 7], [2, 0]))
+    for a, b in zip(python.caches, replay.caches, strict=True):
+        assert torch.equal(a.k_codes[[0, 2]], b.k_codes[[0, 2]])
+        assert torch.equal(
+            a.v_scale[[0, 2]] if a.bits < 16 else a.v_codes[[0, 2]],
+            b.v_scale[[0, 2]] if b.bits < 16 else b.v_codes[[0, 2]],
+        )
+
+
+def test_replay_that_cannot_be_recorded(monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("tracing is gone")
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    zero = torch.zeros(1, dtype=torch.int64)
+    forward = lambda tokens, slots, positions: tokens  # noqa: E731
+    with caplog.at_level("WARNING", logger="llmqat"):
+        assert record(forward, (zero, zero, zero)) is forward
+    assert "tracing is gone" in caplog.text
+
+
+def test_eight_bit_head(backend):
+    model = tiny_llama(21, tied=True)
+    exact, small = Engine(model, max_len=8), Engine(model, max_len=8, head_bits=8)
+    assert small.weight_bytes["head"] < 0.4 * exact.weight_bytes["head"]
+    a, b = (engine.prefill([0], [[1, 2, 3]]) for engine in (exact, small))
+    assert 0 < (a - b).abs().max() < 0.1 * a.abs().max()
 
 
 def test_long_prompts_run_in_passes(backend, monkeypatch):
@@ -285,6 +324,7 @@ def test_bad_calls(call, message):
         ({"max_slots": 0}, qk.InvalidArgument),
         ({"max_len": 513}, qk.InvalidArgument),
         ({"weight_dtype": torch.float16}, qk.InvalidArgument),
+        ({"head_bits": 4}, ConfigError),
         ({"kv_bits": 6}, ConfigError),
         ({"kv_bits": 8, "kv_mode": "none"}, ConfigError),
     ],

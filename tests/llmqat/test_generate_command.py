@@ -74,6 +74,7 @@ def test_seed_decides_the_text(plain, capsys):
         (("--top-k", "-1"), "top_k"),
         (("--kv-bits", "5"), "kv_bits"),
         (("--kv-mode", "other"), "kv_mode"),
+        (("--head-bits", "4"), "head_bits"),
         (("--dtype", "int4"), "dtype"),
         (("--device", "cuda:99" if not torch.cuda.is_available() else "tpu"), "device"),
         (("--prompt", ""), "prompt"),

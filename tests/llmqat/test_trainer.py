@@ -159,6 +159,19 @@ def test_resume_is_bit_identical(tmp_path, straight, kills):
     assert len(_losses(straight)) == 10
 
 
+def test_resume_on_every_backend(tmp_path, backend):
+    def trainer(folder, *callbacks):
+        return _trainer(folder, steps=6, callbacks=list(callbacks))
+
+    trainer(tmp_path / "a").train()
+    with pytest.raises(InterruptedError):
+        trainer(tmp_path / "b", _Stop(5)).train()
+    trainer(tmp_path / "b").train(resume_from_checkpoint=True)
+    finals = [(tmp_path / run / "checkpoint-6" / "model.safetensors").read_bytes() for run in "ab"]
+    assert finals[0] == finals[1]
+    assert _losses(tmp_path / "a") == _losses(tmp_path / "b")
+
+
 def test_sparse_logging_resumes_bit_identically_too(tmp_path):
     def trainer(folder, *callbacks):
         return _trainer(folder, steps=8, logging_steps=4, callbacks=list(callbacks))

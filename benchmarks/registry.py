@@ -1,0 +1,89 @@
+"""Every operator that does work of its own, with shapes, floors, baselines and a gate.
+
+``ENTRIES`` is the table; ``NOT_ON_ITS_OWN`` says where the time of the other operators shows, so
+that together they account for every schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.entries import attention, heads, linears, producers, rows
+from benchmarks.entry import Cost, Entry, Job, Shape
+from llmqat_kernels.errors import InvalidArgument
+
+ENTRIES: tuple[Entry, ...] = (
+    *rows.ENTRIES,
+    *linears.ENTRIES,
+    *producers.ENTRIES,
+    *attention.ENTRIES,
+    *heads.ENTRIES,
+)
+
+NOT_ON_ITS_OWN = {
+    "fake_quantize_backward": "in fake_quantize; without ste_clip the gradient passes unchanged",
+    "int_matmul": "the accumulators of quantized_linear, exposed for tests",
+    "quantized_matmul": "quantized_linear is quantize and this",
+    "repack_weight": "runs once, when a model is loaded",
+    "rms_norm": "the first half of rms_norm_quantize",
+    "rms_norm_quantize_train": "rms_norm_quantize that also writes y",
+    "silu_mul": "the first half of silu_mul_quantize",
+    "silu_mul_quantize_train": "silu_mul_quantize that also writes y",
+    "rope": "in rope_quantize_append",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One entry at one shape and dtype: one row of the table."""
+
+    entry: Entry
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """Op and variant."""
+        return f"{self.entry.op} {self.entry.variant}".strip()
+
+    @property
+    def dtype_name(self) -> str:
+        """``float32``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def cost(self) -> Cost:
+        """Least traffic and arithmetic of one call."""
+        return self.entry.cost(self.shape, self.dtype)
+
+    def build(self, device: torch.device) -> Job:
+        """Tensors on ``device`` and the calls on them."""
+        return self.entry.build(self.shape, self.dtype, device)
+
+
+def op_names() -> tuple[str, ...]:
+    """The operators of the table, in its order."""
+    return tuple(dict.fromkeys(entry.op for entry in ENTRIES))
+
+
+def cases(ops: Sequence[str] | None = None, quick: bool = False) -> Iterator[Case]:
+    """The rows of the table; of some operators only, and with ``quick`` the first shape and dtype
+    of each entry.
+
+    Raises:
+        InvalidArgument: an operator that has no entry.
+    """
+    for op in ops or ():
+        if op not in op_names():
+            elsewhere = NOT_ON_ITS_OWN.get(op)
+            hint = f"its time: {elsewhere}" if elsewhere else f"use {', '.join(op_names())}"
+            raise InvalidArgument(f"op: {op!r} has no entry; {hint}")
+    for entry in ENTRIES:
+        if ops and entry.op not in ops:
+            continue
+        for shape in entry.shapes[:1] if quick else entry.shapes:
+            for dtype in entry.dtypes[:1] if quick else entry.dtypes:
+                yield Case(entry, shape, dtype)

@@ -1,0 +1,296 @@
+"""Write the tables of README.md and docs/benchmarks.md from what was measured.
+
+    python -m benchmarks.report [--check]
+
+README's table comes from benchmarks/results/*.json, between the markers `<!-- figures -->` and
+`<!-- /figures -->`; the report of `make demo` is copied there first. The tables of
+docs/benchmarks.md come from the newest rows of benchmarks/results/<device>.csv. A figure without a
+file says so, and a missed bar is marked. `--check` writes nothing and exits with 1 if a page is
+stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.registry import cases
+from benchmarks.run import OURS, table_head, table_line
+from benchmarks.timing import RESULTS, save
+from llmqat.errors import DataError
+from llmqat.io import write_text
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "runs" / "demo" / "report.json"
+ROWS = ("<!-- rows -->", "<!-- /rows -->")
+FIGURES = ("<!-- figures -->", "<!-- /figures -->")
+MISSING = "not yet measured"
+DEMO_SECONDS = 12 * 60
+MACHINE = ("processor", "isa", "threads", "clock")
+Measured = tuple[str, bool]
+"""What the table says, and whether the bar is met."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of README's table."""
+
+    name: str
+    bar: str
+    file: str
+    command: str
+    read: Callable[[Mapping[str, Any]], Measured]
+
+
+def _equality(result: Mapping[str, Any]) -> Measured:
+    counts = {isa: count for isa, count in result.items() if "differences" in count}
+    if not counts:
+        raise KeyError("differences")
+    wrong = sum(count["differences"] for count in counts.values())
+    elements = min(count["elements"] for count in counts.values())
+    return f"{wrong} in {elements / 1e6:.0f} M elements on each of {', '.join(counts)}", wrong == 0
+
+
+def _decode_transformers(result: Mapping[str, Any]) -> Measured:
+    ratios, rates = result["ratios"], result["tokens_per_second"]
+    fp32, bf16 = (ratios[f"transformers {dtype}"] for dtype in ("fp32", "bf16"))
+    ours = rates[result["ratio_of"]]["p50"]
+    return f"{fp32:.1f}x fp32, {bf16:.1f}x bf16 ({ours:.0f} tok/s)", min(fp32, bf16) >= 6
+
+
+def _decode_llama_cpp(result: Mapping[str, Any]) -> Measured:
+    names = [name for name in result["ratios"] if name.startswith("llama.cpp")]
+    if not names:
+        return MISSING, True
+    ratio, rate = result["ratios"][names[0]], result["tokens_per_second"][names[0]]["p50"]
+    return f"{ratio:.2f}x ({names[0]} {rate:.0f} tok/s)", ratio >= 1
+
+
+def _qat_step(result: Mapping[str, Any]) -> Measured:
+    ratio = result["ratio"]["float"]
+    return f"{ratio:.2f}x ({result['tokens']} tokens)", ratio <= 0.85
+
+
+def _generate_data(result: Mapping[str, Any]) -> Measured:
+    ratios, rates = result["ratio_to_baseline"], result["tokens_per_second"]
+    best = max(ratios, key=ratios.__getitem__)
+    rate = f"{rates[best]['p50']:.0f} tok/s"
+    return f"{ratios[best]:.1f}x ({best.removeprefix('llmqat, ')}, {rate})", ratios[best] >= 10
+
+
+def _quality(result: Mapping[str, Any]) -> Measured:
+    perplexity, setting = result["perplexity"], result["setting"]
+    qat, rtn = perplexity["qat"][setting], perplexity["rtn"][setting]
+    full = perplexity["full_precision"]
+    text = f"{qat / rtn:.2f}x ({qat:.1f} over {rtn:.1f}; full precision {full:.1f})"
+    return text, qat / rtn <= 0.65
+
+
+def _bytes(result: Mapping[str, Any]) -> Measured:
+    ratio = result["bytes"]["linears"]["ratio"]
+    return f"{ratio:.3f}x", ratio <= 0.26
+
+
+def _demo_time(result: Mapping[str, Any]) -> Measured:
+    seconds = sum(result["seconds"].values())
+    return f"{seconds / 60:.1f} min", seconds <= DEMO_SECONDS
+
+
+DECODE = "python -m benchmarks.decode --save"
+FIGURE_LIST = (
+    Figure(
+        "Codes, scales, packed bytes, accumulators: differences between the reference and each CPU"
+        " instruction set",
+        "0",
+        "equality",
+        "python -m benchmarks.equality --json benchmarks/results/equality.json",
+        _equality,
+    ),
+    Figure(
+        "Perplexity of SmolLM2-135M at 4-8-4: QAT over round-to-nearest",
+        "<= 0.65x",
+        "demo",
+        "make demo",
+        _quality,
+    ),
+    Figure(
+        "Bytes of the quantized linears over bf16, on disk", "<= 0.26x", "demo", "make demo", _bytes
+    ),
+    Figure("`make demo`, two cores", "<= 12 min", "demo", "make demo", _demo_time),
+    Figure(
+        "Packed W4A8KV8 decode on CPU, batch 1, one thread, over `transformers`",
+        ">= 6x",
+        "decode",
+        DECODE,
+        _decode_transformers,
+    ),
+    Figure("The same over llama.cpp at 4 bits", ">= 1x", "decode", DECODE, _decode_llama_cpp),
+    *(
+        Figure(
+            f"QAT step on CPU, {dtype}: integer forward over the float fake-quantized one",
+            "<= 0.85x",
+            f"qat_step_{dtype}",
+            f"python -m benchmarks.qat_step{option} --save",
+            _qat_step,
+        )
+        for dtype, option in (("float32", ""), ("bfloat16", " --dtype bfloat16"))
+    ),
+    Figure(
+        "Data generation on CPU, tokens/s over batch-1 `transformers`",
+        ">= 10x",
+        "generate_data",
+        "python -m benchmarks.generate_data --save",
+        _generate_data,
+    ),
+)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The object of a results file, or None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error}); measure again") from error
+    if not isinstance(result, dict):
+        raise DataError(f"{path}: not an object; measure again")
+    return result
+
+
+def figures(results: Path) -> str:
+    """README's table, and where it was measured."""
+    lines = ["| figure | bar | measured | command |", "|---|---|---|---|"]
+    machines: dict[str, None] = {}
+    for figure in FIGURE_LIST:
+        path = results / f"{figure.file}.json"
+        result = read_result(path)
+        text, met = MISSING, True
+        if result is not None:
+            try:
+                text, met = figure.read(result)
+            except KeyError as error:
+                raise DataError(f"{path}: has no {error}; measure again") from error
+            if environment := result.get("environment"):
+                machines[_machine(environment)] = None
+        measured = text if met else f"{text}: bar missed"
+        lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{figure.command}` |")
+    where = f"\n\nMeasured on {'; '.join(machines)}." if machines else ""
+    return "\n".join(lines) + where
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{label}{environment[key]}"
+        for key, label in (
+            ("processor", ""),
+            ("isa", ""),
+            ("torch", "torch "),
+            ("commit", "commit "),
+            ("date", ""),
+        )
+        if environment.get(key)
+    )
+
+
+def copy_demo(report: Path) -> None:
+    """Keep the demonstration's report beside the other results, if it is there and new."""
+    result = read_result(report)
+    if result is None:
+        return
+    kept = read_result(RESULTS / "demo.json") or {}
+    if {key: value for key, value in kept.items() if key != "environment"} != result:
+        save("demo", result)
+
+
+def newest(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[Any, list[Any]]]:
+    """Machine -> case -> the newest op row and the baselines measured with it."""
+    found: dict[tuple[str, ...], dict[Any, list[Any]]] = {}
+    for row in rows:
+        if row["op"] == "roofline":
+            continue
+        section = found.setdefault(tuple(row[key] for key in MACHINE), {})
+        case = tuple(row[key] for key in ("op", "variant", "shape", "dtype"))
+        if row["candidate"] == OURS:
+            section[case] = []
+        section[case].append(row)
+    return found
+
+
+def kernel_tables(results: Path) -> str:
+    """One table for each machine that a results file knows, in the registry's order."""
+    order = [
+        (case.entry.op, case.entry.variant, case.shape.label, case.dtype_name) for case in cases()
+    ]
+    parts: list[str] = []
+    for path in sorted(results.glob("*.csv")):
+        with path.open(newline="") as file:
+            sections = newest(csv.DictReader(file))
+        for machine, section in sections.items():
+            groups = [section[case] for case in order if case in section]
+            if not groups:
+                continue
+            commits = dict.fromkeys(group[0]["commit"] for group in groups)
+            dates = sorted({group[0]["time"][:10] for group in groups})
+            label = dict(zip(MACHINE, machine, strict=True))
+            title = (
+                f"{label['processor']} {label['isa']}".strip()
+                + f", {label['threads']} thread(s), {label['clock']} clock"
+            )
+            head = (
+                f"### {title}\n\nCommit {', '.join(commits)}, torch {groups[0][0]['torch']},"
+                f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+            )
+            parts.append("\n".join([head, "", table_head(), *map(table_line, groups)]))
+    return "\n\n".join(parts) if parts else f"Rows: {MISSING} (`make bench`)."
+
+
+def between(page: str, markers: tuple[str, str], content: str) -> str:
+    """``page`` with ``content`` between the markers.
+
+    Raises:
+        DataError: the markers are not there once each, in order.
+    """
+    begin, end = markers
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise DataError(f"page: needs {begin} and then {end}, once each")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite both pages, or with `--check` only look; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
+    args = parser.parse_args(argv)
+    if not args.check:
+        copy_demo(DEMO)
+    stale = False
+    for path, markers, content in (
+        (ROOT / "README.md", FIGURES, figures(RESULTS)),
+        (ROOT / "docs" / "benchmarks.md", ROWS, kernel_tables(RESULTS)),
+    ):
+        before = path.read_text()
+        after = between(before, markers, content)
+        if after == before:
+            continue
+        name = path.relative_to(ROOT)
+        if args.check:
+            stale = True
+            print(f"{name} is stale: run `python -m benchmarks.report`", file=sys.stderr)
+        else:
+            write_text(path, after)
+            print(f"{name} rewritten")
+    return int(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Benchmark of every operator: gate, roofline, then time beside what a user would run instead.
+
+    python -m benchmarks.run [--op NAME ...] [--device cpu|cuda] [--threads 1] [--quick] [--list]
+
+A row is timed only after its outputs equal the reference backend's. The op and its baselines take
+turns in one process, so a ratio holds when the machine's speed drifts. Rows are appended to
+benchmarks/results/<device>.csv (not with --quick); `python -m benchmarks.report` turns them into
+docs/benchmarks.md. Exit status 1 if a row failed its gate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from benchmarks.entry import Job, check_baselines
+from benchmarks.registry import Case, cases
+from benchmarks.roofline import Roofline, describe, measure, repeated, repetitions
+from benchmarks.timing import (
+    RESULTS,
+    Timer,
+    cpu_seconds,
+    cuda_seconds,
+    environment,
+    interleaved,
+    summary,
+    wall_seconds,
+)
+from llmqat.io import make_dir, write_text
+from llmqat_kernels import dispatch
+from llmqat_kernels.errors import InvalidArgument
+
+OURS = "llmqat"
+WHERE = ("time", "commit", "processor", "isa", "threads", "python", "torch", "clock")
+COLUMNS = (
+    *WHERE,
+    *("op", "variant", "shape", "dtype", "backend", "candidate", "p50_us", "p20_us", "p80_us"),
+    *("bytes", "flops", "int_ops", "gb_per_s", "gop_per_s", "bound", "percent_of_bound"),
+    *("ratio", "gate"),
+)
+"""``ratio``: a baseline's time over ours, the median of the rounds; above 1 we are faster."""
+CLOCKS: dict[str, Timer] = {"wall": wall_seconds, "cpu": cpu_seconds}
+Row = dict[str, Any]
+
+
+def times(job: Job, timer: Timer, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of one call of the op and of each baseline, by round, in turns."""
+    calls = {OURS: job.call, **job.baselines}
+    counts = {name: repetitions(call, timer, seconds) for name, call in calls.items()}
+    loops = {name: repeated(call, counts[name]) for name, call in calls.items()}
+    measured = interleaved(loops, rounds, timer=timer)
+    return {name: [t / counts[name] for t in values] for name, values in measured.items()}
+
+
+def rows_of(
+    case: Case, backend: str, measured: Mapping[str, list[float]], roofline: Roofline
+) -> list[Row]:
+    """The op's row, then one for each baseline."""
+    cost = case.cost
+    floor, bound = roofline.bound(cost, case.dtype)
+    rows: list[Row] = []
+    for name, values in measured.items():
+        figure = summary(values)
+        row = _head(case, backend, name) | {
+            f"{key}_us": f"{1e6 * value:.2f}" for key, value in figure.items()
+        }
+        if name == OURS:
+            row |= {
+                "bytes": cost.bytes,
+                "flops": cost.flops,
+                "int_ops": cost.int_ops,
+                "gb_per_s": f"{cost.bytes / figure['p50'] / 1e9:.2f}",
+                "gop_per_s": f"{(cost.flops + cost.int_ops) / figure['p50'] / 1e9:.2f}",
+                "bound": bound,
+                "percent_of_bound": f"{100 * floor / figure['p50']:.1f}",
+                "gate": "passed",
+            }
+        else:
+            pairs = zip(values, measured[OURS], strict=True)
+            row["ratio"] = f"{statistics.median(other / ours for other, ours in pairs):.3f}"
+        rows.append(row)
+    return rows
+
+
+def _head(case: Case, backend: str, candidate: str) -> Row:
+    return {
+        "op": case.entry.op,
+        "variant": case.entry.variant,
+        "shape": case.shape.label,
+        "dtype": case.dtype_name,
+        "backend": backend if candidate == OURS else "",
+        "candidate": candidate,
+    }
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    timer: Timer,
+    roofline: Roofline,
+    rounds: int,
+    seconds: float,
+) -> list[Row]:
+    """Gate, then time; a failed gate gives one row that says why and has no time."""
+    backend = dispatch.resolve(case.entry.op, device.type, "auto").backend
+    job = case.build(device)
+    try:
+        job.gate()
+        check_baselines(job)
+    except AssertionError as error:
+        return [_head(case, backend, OURS) | {"gate": f"failed: {error}"}]
+    return rows_of(case, backend, times(job, timer, rounds, seconds), roofline)
+
+
+def table_head() -> str:
+    """Head of the table on the terminal and in docs/benchmarks.md."""
+    names = ("op", "shape", "dtype", "backend", "p50 (p20-p80)", "GB/s", "GOP/s", "% of bound")
+    return f"| {' | '.join([*names, 'times a baseline takes'])} |\n|{'---|' * 9}"
+
+
+def table_line(rows: Sequence[Row]) -> str:
+    """One case as a line of markdown; ``rows``: the op's, then its baselines'."""
+    ours, *baselines = rows
+    name = f"{ours['op']} {ours['variant']}".strip()
+    cells = [name, ours["shape"], ours["dtype"], ours["backend"]]
+    if ours["gate"] != "passed":
+        return f"| {' | '.join(cells)} | gate {ours['gate']}; not timed | | | | |"
+    p50, p20, p80 = (float(ours[f"{key}_us"]) for key in ("p50", "p20", "p80"))
+    ratios = ", ".join(f"{row['candidate']} {float(row['ratio']):.2f}x" for row in baselines)
+    cells += [
+        f"{_micro(p50)} ({_micro(p20)}-{_micro(p80)}) us",
+        ours["gb_per_s"],
+        ours["gop_per_s"],
+        f"{float(ours['percent_of_bound']):.0f} {ours['bound']}",
+        ratios,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _micro(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a results file, which is replaced as a whole.
+
+    Raises:
+        InvalidArgument: the file has other columns.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    before = path.read_text() if path.exists() else ""
+    if not before:
+        writer.writeheader()
+    elif before.splitlines()[0] != ",".join(COLUMNS):
+        raise InvalidArgument(f"results: {path} has other columns; move it away and run again")
+    writer.writerows(rows)
+    make_dir(path.parent)
+    write_text(path, before + text.getvalue())
+
+
+def where(clock: str, device: torch.device) -> Row:
+    """The columns that say where and when a row was measured."""
+    found = environment()
+    if device.type == "cuda":
+        found |= {"processor": torch.cuda.get_device_name(device), "isa": ""}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"time": now, "clock": clock, **{k: found[k] for k in WHERE if k in found}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, append the rows; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", action="extend", help="these operators only")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=tuple(CLOCKS),
+        help="cpu: processor seconds, for one thread on a machine that is not quiet",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape and dtype of each, 3 rounds, not recorded"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of <device>.csv")
+    parser.add_argument("--list", action="store_true", help="print the rows and their floors")
+    args = parser.parse_args(argv)
+    if args.threads < 1 or args.rounds < 1:
+        parser.error("--threads and --rounds must be at least 1")
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        parser.error("--clock cpu adds up the threads' seconds; use it with --threads 1 on cpu")
+    try:
+        chosen = list(cases(args.op, args.quick))
+    except InvalidArgument as error:
+        parser.error(str(error))
+    if args.list:
+        for case in chosen:
+            cost = case.cost
+            print(
+                f"{case.name}, {case.shape.label}, {case.dtype_name}:"
+                f" {cost.bytes:,} bytes, {cost.flops + cost.int_ops:,} operations"
+            )
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    timer = cuda_seconds if args.device == "cuda" else CLOCKS[args.clock]
+    rounds, seconds = (3, 0.002) if args.quick else (args.rounds, 0.02)
+
+    here = where("events" if args.device == "cuda" else args.clock, device)
+    print(", ".join(f"{key} {value}" for key, value in here.items() if value))
+    roofline = measure(device, timer, seconds)
+    print(f"{describe(roofline)}\n\n{table_head()}", flush=True)
+    recorded: list[Row] = []
+    for case in chosen:
+        rows = run_case(case, device, timer, roofline, rounds, seconds)
+        print(table_line(rows), flush=True)
+        recorded += [here | row for row in rows]
+    slow = sorted({row["op"] for row in recorded if row["backend"] == "reference"})
+    if slow:
+        print(f"\nOn the reference backend (no {args.device} kernel): {', '.join(slow)}.")
+    if not args.quick:
+        path = args.results / f"{args.device}.csv"
+        append(path, [here | row for row in _roofline_rows(roofline)] + recorded)
+        print(f"\n{len(recorded)} rows appended to {path}")
+    return int(any(str(row.get("gate", "")).startswith("failed") for row in recorded))
+
+
+def _roofline_rows(roofline: Roofline) -> list[Row]:
+    """The roofline as rows of the results file."""
+    rows: list[Row] = [
+        {"op": "roofline", "variant": "bandwidth", "bytes": f, "gb_per_s": f"{rate / 1e9:.2f}"}
+        for f, rate in roofline.bandwidth.items()
+    ]
+    for name in ("fp32", "bf16", "int8"):
+        peak = getattr(roofline, name) / 1e9
+        rows.append(
+            {"op": "roofline", "variant": "GEMM", "dtype": name, "gop_per_s": f"{peak:.1f}"}
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""One pass of tokens through the model, in operators of ``llmqat_kernels`` alone.
+
+Their kernels are looked up once, for the backend in force (the weights are in that backend's
+layout), so a pass is a short list of calls: per block with quantized activations
+
+    rms_norm_quantize(+residual) > qkv > rope_quantize_append > rope(q) > attention_decode
+    > quantize > o > rms_norm_quantize(+residual) > gate_up > silu_mul_quantize > down
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmqat.runtime.weights import Block, FusedLinear, ModelWeights
+from llmqat_kernels import KVCache
+from llmqat_kernels.dispatch import resolve
+
+OPERATORS = (
+    "quantize",
+    "fake_quantize",
+    "rms_norm",
+    "rms_norm_quantize",
+    "silu_mul",
+    "silu_mul_quantize",
+    "repacked_matmul",
+    "float_matmul",
+    "rope",
+    "rope_quantize_append",
+    "attention_decode",
+)
+
+
+class _Rows(NamedTuple):
+    """The rows of one pass: slot, position and visible length of each token, int64 [n] on the
+    device.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    lengths: Tensor
+
+
+class Forward:
+    """The blocks, the final norm and the head of one model on one backend.
+
+    Args:
+        caches: one KV cache per block, written in place.
+        dtype: of the activations. backend: as for ``llmqat_kernels.use_backend``.
+    """
+
+    def __init__(
+        self, weights: ModelWeights, caches: Sequence[KVCache], dtype: torch.dtype, backend: str
+    ) -> None:
+        self.weights, self.dtype = weights, dtype
+        device = weights.embedding.device.type
+        choices = {op: resolve(op, device, backend) for op in OPERATORS}
+        self.backends = {op: choice.backend for op, choice in choices.items()}
+        self.kernels = SimpleNamespace(**{op: choice.kernel for op, choice in choices.items()})
+        self._heads = (weights.heads, weights.kv_heads, weights.kv_heads)
+        self._halves = (weights.blocks[0].gate_up.n // 2,) * 2
+        self._steps: list[tuple[Callable[..., tuple[Tensor, Tensor]], Block, KVCache]] = [
+            (self._float_block if block.integer_bits is None else self._integer_block, block, cache)
+            for block, cache in zip(weights.blocks, caches, strict=True)
+        ]
+
+    def __call__(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """tokens, slots, positions int64 [n] -> the residual stream [n, H] after the last block: a
+        fixed sequence of operators, whatever n is.
+        """
+        rows = _Rows(slots, positions, positions + 1)
+        stream = self.weights.embedding.index_select(0, tokens).to(self.dtype)
+        delta: Tensor | None = None
+        for run, block, cache in self._steps:
+            stream, delta = run(block, cache, stream, delta, rows)
+        return stream if delta is None else stream + delta
+
+    def _integer_block(
+        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: _Rows
+    ) -> tuple[Tensor, Tensor]:
+        """One block whose linears all take codes; returns the stream and what is to be added to
+        it.
+        """
+        kernels, bits = self.kernels, block.qkv.a_bits
+        codes, scale, total = kernels.rms_norm_quantize(
+            stream, block.input_norm, block.input_eps, bits, delta
+        )
+        if delta is not None:
+            stream = total
+        mixed = self._attend(cache, self.integer(block.qkv, codes, scale), rows)
+        codes, scale = kernels.quantize(mixed, bits, -1, False)
+        delta = self.integer(block.o, codes, scale)
+        codes, scale, stream = kernels.rms_norm_quantize(
+            stream, block.post_norm, block.post_eps, bits, delta
+        )
+        gate, up = self.integer(block.gate_up, codes, scale).split_with_sizes(self._halves, 1)
+        codes, scale = kernels.silu_mul_quantize(gate, up, bits)
+        return stream, self.integer(block.down, codes, scale)
+
+    def _float_block(
+        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: _Rows
+    ) -> tuple[Tensor, Tensor]:
+        """One block of which at least one linear takes floats."""
+        kernels = self.kernels
+        if delta is not None:
+            stream = stream + delta
+        normed = kernels.rms_norm(stream, block.input_norm, block.input_eps)
+        mixed = self._attend(cache, self.linear(block.qkv, normed), rows)
+        stream = stream + self.linear(block.o, mixed)
+        normed = kernels.rms_norm(stream, block.post_norm, block.post_eps)
+        gate, up = self.linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
+        return stream, self.linear(block.down, kernels.silu_mul(gate, up))
+
+    def _attend(self, cache: KVCache, qkv: Tensor, rows: _Rows) -> Tensor:
+        """Write K and V of the rows, then attend: qkv [n, (H + 2 Hkv) D] -> [n, H D]."""
+        kernels, weights = self.kernels, self.weights
+        cos, sin = weights.cos, weights.sin
+        q, k, v = qkv.view(qkv.shape[0], -1, weights.head_dim).split_with_sizes(self._heads, 1)
+        kernels.rope_quantize_append(
+            k,
+            v,
+            cos,
+            sin,
+            cache.k_codes,
+            cache.k_scale,
+            cache.v_codes,
+            cache.v_scale,
+            rows.slots,
+            rows.positions,
+            cache.bits,
+            cache.pre_rope,
+        )
+        mixed = kernels.attention_decode(
+            kernels.rope(q, cos, sin, rows.positions),
+            cache.k_codes,
+            cache.k_scale,
+            cache.v_codes,
+            cache.v_scale,
+            cos,
+            sin,
+            rows.slots,
+            rows.lengths,
+            weights.scaling,
+            cache.bits,
+            cache.pre_rope,
+        )
+        return mixed.view(qkv.shape[0], -1)  # type: ignore[no-any-return]
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """The final norm and the head: [n, H] -> [n, V]."""
+        normed = self.kernels.rms_norm(stream, self.weights.norm, self.weights.norm_eps)
+        return self.linear(self.weights.head, normed)
+
+    def integer(self, linear: FusedLinear, codes: Tensor, scale: Tensor) -> Tensor:
+        """The integer product of spec 7 on codes int8 [n, K] and scales [n]."""
+        return self.kernels.repacked_matmul(  # type: ignore[no-any-return]
+            codes,
+            scale,
+            linear.weight,
+            linear.scale,
+            linear.bias,
+            linear.n,
+            linear.w_bits,
+            linear.group_size,
+            self.dtype,
+        )
+
+    def float(self, linear: FusedLinear, x: Tensor) -> Tensor:
+        """The float product of spec 17."""
+        return self.kernels.float_matmul(x, linear.weight, linear.bias, linear.n)  # type: ignore[no-any-return]
+
+    def linear(self, linear: FusedLinear, x: Tensor) -> Tensor:
+        """Any linear on float input."""
+        if linear.integer:
+            return self.integer(linear, *self.kernels.quantize(x, linear.a_bits, -1, False))
+        if linear.a_bits < 16:
+            x = self.kernels.fake_quantize(x, linear.a_bits, -1, None, False)
+        return self.float(linear, x)
