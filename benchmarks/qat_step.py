@@ -103,10 +103,16 @@ def random_model(seed: int) -> LlamaForCausalLM:
     """Random weights in the shapes of SmolLM2-135M."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        rope_theta=100_000.0, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -297,12 +303,19 @@ def main() -> None:
         v: times["integer"]["step"]["p50"] / times[v]["step"]["p50"] for v in ("float", "fused")
     }
     result = {
-        "what": "QAT step, seconds by phase", "bits": args.bits, "tokens": args.tokens,
-        "dtype": args.dtype, "clock": args.clock,
+        "what": "QAT step, seconds by phase",
+        "bits": args.bits,
+        "tokens": args.tokens,
+        "dtype": args.dtype,
+        "clock": args.clock,
         "gradient_checkpointing": args.gradient_checkpointing,
-        "weights": "random" if args.model is None else "SmolLM2-135M", "gate": agreement,
-        "seconds": times, "ratio": ratios, "bar": BAR, "passes": ratios["float"] <= BAR,
-    }  # fmt: skip
+        "weights": "random" if args.model is None else "SmolLM2-135M",
+        "gate": agreement,
+        "seconds": times,
+        "ratio": ratios,
+        "bar": BAR,
+        "passes": ratios["float"] <= BAR,
+    }
     if args.save:
         name = f"qat_step_{args.dtype}" + ("_checkpointing" if args.gradient_checkpointing else "")
         save(name, result)

@@ -72,11 +72,15 @@ def _best(functions: Mapping[str, Callable[[], Any]], timer: Timer, seconds: flo
 
 
 def _bandwidth(footprint: int, device: torch.device, timer: Timer, seconds: float) -> float:
-    """Bytes a second of a copy or of a sum, whichever is faster."""
+    """Bytes a second of the fastest of a copy and two ways to read everything once."""
     source = torch.zeros(footprint // 4, device=device)
     half = source[: source.numel() // 2]
     target = torch.empty_like(half)
-    tests = {"copy": lambda: target.copy_(half), "sum": lambda: source.sum()}
+    tests = {
+        "copy": lambda: target.copy_(half),
+        "sum": lambda: source.sum(),
+        "dot": lambda: torch.dot(source, source),
+    }
     return footprint / _best(tests, timer, seconds)
 
 

@@ -38,6 +38,7 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 def _qat_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, w_codes, w_scale, bias, _, ctx.group_size, ctx.ste_clip = inputs
     _, a_codes, a_scale = output
+    ctx.set_materialize_grads(False)  # no zero-filled gradients for the codes and scales
     ctx.mark_non_differentiable(a_codes, a_scale)
     ctx.weight_dtype = weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -47,9 +48,11 @@ def _qat_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.save_for_backward(a_codes, a_scale, w_codes, w_scale, *masks)
 
 
-def _qat_linear_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _qat_linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     a_codes, a_scale, w_codes, w_scale, *masks = ctx.saved_tensors
     dx = dw = db = None
+    if grad is None:  # only the codes were used
+        return (None,) * 8
     with torch.autocast(grad.device.type, enabled=False):
         if ctx.needs_input_grad[0]:
             dx = grad @ ops.dequantize(w_codes, w_scale, ctx.group_size, grad.dtype)

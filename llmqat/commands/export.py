@@ -44,6 +44,7 @@ class ExportArguments:
     group_size: int = field(
         default=-1, metadata={"help": "With --bits: columns that share a scale; -1 a row."}
     )
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda: where the codes are made."})
     verify: bool = field(
         default=False, metadata={"help": "Reload the folder and compare every bit."}
     )
@@ -64,7 +65,7 @@ def run(arguments: ExportArguments) -> None:
         if a.bits is None
         else QATConfig.parse(a.bits, kv_mode=a.kv_mode, group_size=a.group_size)
     )
-    model = load_model(a.model, dtype=None, device=parse_device("cpu"))
+    model = load_model(a.model, dtype=None, device=parse_device(a.device))
     state = state_of(model)
     if state is not None and state.stage == PACKED:
         raise ConfigError(

@@ -98,7 +98,7 @@ def stages(settings: Settings, teacher: Path, text: Path) -> list[Stage]:
         evaluate("eval_rtn", teacher, *setting),
         evaluate("eval_rtn_other", teacher, *other_setting),
         convert("generate-data", teacher, data, *records),
-        convert("train", teacher, qat, "--data", str(data), *setting, *steps),
+        convert("train", teacher, qat, "--data", str(data), *setting, *steps, "--resume"),
         evaluate("eval_qat", qat),
         convert("export", qat, packed, "--dtype", "bfloat16", "--verify"),
         evaluate("eval_packed", packed),

@@ -1,0 +1,93 @@
+"""The registry accounts for every operator, and every entry passes its own gate on small sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks.entry import Shape, check_baselines
+from benchmarks.registry import ENTRIES, NOT_ON_ITS_OWN, Case, cases, op_names
+from llmqat_kernels.errors import InvalidArgument
+from llmqat_kernels.schemas import SCHEMAS
+
+SMALL = {"rows": 4, "C": 64, "M": 2, "N": 64, "K": 64, "n": 2, "T": 16, "V": 128}
+CPU = torch.device("cpu")
+
+
+def small(entry):
+    """The entry's first shape with sizes that take no time; heads stay as they are."""
+    sizes = entry.shapes[0].sizes
+    return Shape("small", {name: SMALL.get(name, value) for name, value in sizes.items()})
+
+
+SMALL_CASES = [Case(entry, small(entry), dtype) for entry in ENTRIES for dtype in entry.dtypes]
+
+
+def test_every_schema_is_measured_or_says_where():
+    assert set(op_names()) | set(NOT_ON_ITS_OWN) == set(SCHEMAS)
+    assert not set(op_names()) & set(NOT_ON_ITS_OWN)
+
+
+def test_rows_have_names_of_their_own():
+    rows = [(case.name, case.shape.label, case.dtype) for case in cases()]
+    assert len(rows) == len(set(rows)) > len(ENTRIES)
+
+
+def test_quick_is_one_row_an_entry():
+    assert [case.entry for case in cases(quick=True)] == list(ENTRIES)
+
+
+def test_a_chosen_operator_brings_all_its_variants():
+    variants = {case.entry.variant for case in cases(["quantized_linear"], quick=True)}
+    assert variants == {"W8A8", "W4A8", "W4A16"}
+
+
+@pytest.mark.parametrize(("op", "hint"), [("nonsense", "use quantize"), ("rope", "rope_quantize")])
+def test_an_operator_without_an_entry_is_an_error_with_a_hint(op, hint):
+    with pytest.raises(InvalidArgument, match=hint):
+        list(cases([op]))
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: f"{case.name}-{case.dtype_name}")
+def test_gate_and_baselines_agree(case):
+    job = case.build(CPU)
+    job.gate()
+    check_baselines(job)
+    assert job.baselines
+    for baseline in job.baselines.values():
+        baseline()
+
+
+def test_floors_are_positive_and_grow_with_the_shape():
+    for entry in ENTRIES:
+        for dtype in entry.dtypes:
+            assert entry.bytes(small(entry), dtype) > 0
+            floors = [entry.bytes(shape, dtype) for shape in (small(entry), entry.shapes[0])]
+            assert floors[0] < floors[1] or entry.shapes[0]["n"] == 1
+            assert entry.flops(small(entry), dtype) >= 0
+
+
+def test_floors_by_hand():
+    """W4A8 at M=2 N=64 K=64 in fp32; quantize of 4 x 64 bf16; KV4 serving of one token."""
+    found = {(case.name, case.dtype): case.cost for case in SMALL_CASES}
+    linear = found["quantized_linear W4A8", torch.float32]
+    assert (linear.bytes, linear.flops, linear.int_ops) == (
+        64 * 64 // 2 + 64 * 4 + (2 * 64 + 2 * 64) * 4,
+        0,
+        2 * 2 * 64 * 64,
+    )
+    assert found["quantize 8 bit", torch.bfloat16].bytes == 4 * 64 * 3 + 4 * 4
+    decode = found["attention_decode KV4 serving", torch.float32]
+    codes, scales, ends = 2 * 2 * 16 * 3 * 32, 2 * 2 * 16 * 3 * 4, 2 * 2 * 9 * 64 * 4
+    assert decode.bytes == codes + scales + ends
+    assert decode.flops == 4 * 2 * 9 * 16 * 64
+
+
+def test_a_baseline_that_computes_something_else_is_refused():
+    job = SMALL_CASES[0].build(CPU)
+    other = dataclasses.replace(job, baselines={"zeros": lambda: job.call()[0] * 0})
+    with pytest.raises(AssertionError, match="zeros: differs"):
+        check_baselines(other)
+    short = dataclasses.replace(job, baselines={"short": lambda: job.call()[0][1:]})
+    with pytest.raises(AssertionError, match="short: shape"):
+        check_baselines(short)

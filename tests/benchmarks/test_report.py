@@ -1,0 +1,124 @@
+"""The report: tables from files, missing files, missed bars, stale pages."""
+
+import json
+
+import pytest
+
+from benchmarks import report, run
+from benchmarks.registry import cases
+from llmqat.errors import DataError
+
+CASE = next(cases(["pack_int4"]))
+RESULTS = {
+    "equality": {
+        isa: {"elements": 50_000_000, "differences": 0} for isa in ("scalar", "avx512vnni")
+    },
+    "decode": {
+        "ratio_of": "llmqat 4-8-8 paper",
+        "ratios": {"transformers fp32": 7.0, "transformers bf16": 8.0, "llama.cpp Q4_1": 0.9},
+        "tokens_per_second": {"llmqat 4-8-8 paper": {"p50": 120.0}, "llama.cpp Q4_1": {"p50": 78}},
+        "environment": {"processor": "Some CPU", "torch": "2.13.0", "commit": "abc"},
+    },
+    "qat_step_float32": {"tokens": "2x256", "clock": "cpu", "ratio": {"float": 0.8}},
+    "generate_data": {
+        "ratio_to_baseline": {"llmqat, 64 slots": 9.0, "llmqat, 128 slots": 11.0},
+        "tokens_per_second": {
+            "llmqat, 64 slots": {"p50": 150.0},
+            "llmqat, 128 slots": {"p50": 190.0},
+        },
+    },
+    "demo": {
+        "setting": "4-8-4",
+        "perplexity": {"full_precision": 20.0, "rtn": {"4-8-4": 60.0}, "qat": {"4-8-4": 36.0}},
+        "bytes": {"linears": {"ratio": 0.2515}},
+        "seconds": {"train": 300.0, "export": 60.0},
+    },
+}
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name, result in RESULTS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    return tmp_path
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """A repository with both pages and nothing measured."""
+    (tmp_path / "docs").mkdir()
+    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    readme.write_text("# Title\n<!-- figures -->\nold\n<!-- /figures -->\nend\n")
+    docs.write_text("# Benchmarks\n<!-- rows -->\n<!-- /rows -->\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "DEMO", tmp_path / "report.json")
+    return readme, docs
+
+
+def test_measured_figures_and_a_missed_bar(results):
+    table = report.figures(results)
+    assert "7.0x fp32, 8.0x bf16 (120 tok/s)" in table
+    assert "0.90x (llama.cpp Q4_1 78 tok/s): bar missed" in table
+    assert "0.60x (36.0 over 60.0; full precision 20.0)" in table
+    assert "0 in 50 M elements on each of scalar, avx512vnni" in table
+    assert "11.0x (128 slots, 190 tok/s)" in table and "0.252x" in table and "6.0 min" in table
+    assert table.count("bar missed") == 1 and table.count("not yet measured") == 0
+    assert "0.80x (2x256 tokens, cpu clock)" in table and "bf16:" not in table
+    assert table.endswith("Measured on Some CPU, torch 2.13.0, commit abc.")
+
+
+def test_nothing_measured(tmp_path):
+    table = report.figures(tmp_path)
+    assert table.count("not yet measured") == sum(
+        not figure.optional for figure in report.FIGURE_LIST
+    )
+    assert "not yet measured" in report.kernel_tables(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_broken_file_is_named(results, text):
+    (results / "decode.json").write_text(text)
+    with pytest.raises(DataError, match=r"decode\.json"):
+        report.figures(results)
+
+
+def rows(seconds, time, processor="Some CPU"):
+    here = {"time": time, "commit": "abc", "processor": processor, "isa": "avx2", "threads": 1}
+    here |= {"torch": "2.13.0", "clock": "wall"}
+    roof = run.Roofline({1: 1e9}, 1e9, 1e9, 1e9)
+    measured = {run.OURS: [seconds], "eager": [3 * seconds]}
+    return [here | row for row in run.rows_of(CASE, "cpu", measured, roof)]
+
+
+def test_the_newest_row_of_each_machine_is_shown(tmp_path):
+    path = tmp_path / "cpu.csv"
+    run.append(path, rows(1.0, "2026-01-01T00:00:00"))
+    run.append(path, rows(5.0, "2026-01-01T00:00:00", "Other CPU"))
+    run.append(path, rows(2.0, "2026-01-02T00:00:00"))
+    tables = report.kernel_tables(tmp_path)
+    assert "2000000 (2000000-2000000) us" in tables and "1000000 (" not in tables
+    assert tables.count("###") == 2 and "### Other CPU avx2, 1 thread(s), wall clock" in tables
+    assert tables.count("eager 3.00x") == 2
+
+
+def test_check_finds_a_stale_page_and_a_rewrite_mends_it(pages, capsys):
+    readme, docs = pages
+    assert report.main(["--check"]) == 1 and "README.md is stale" in capsys.readouterr().err
+    assert "old" in readme.read_text()
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n<!-- figures -->\n|") and text.endswith("-->\nend\n")
+    assert "not yet measured" in text and "not yet measured" in docs.read_text()
+
+
+def test_lost_markers_are_an_error(pages):
+    pages[0].write_text("# Title\n")
+    with pytest.raises(DataError, match="figures"):
+        report.main(["--check"])
+
+
+def test_the_repository_has_the_markers():
+    for page, markers in (("README.md", report.FIGURES), ("docs/benchmarks.md", report.ROWS)):
+        report.between((report.ROOT / page).read_text(), markers, "")
