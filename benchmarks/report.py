@@ -75,7 +75,7 @@ def _decode_llama_cpp(result: Mapping[str, Any]) -> Measured:
 
 def _qat_step(result: Mapping[str, Any]) -> Measured:
     ratio = result["ratio"]["float"]
-    return f"{ratio:.2f}x ({result['tokens']} tokens, {result['clock']} clock)", ratio <= 0.85
+    return f"{ratio:.2f}x ({result['tokens']} tokens)", ratio <= 0.85
 
 
 def _generate_data(result: Mapping[str, Any]) -> Measured:
@@ -183,8 +183,10 @@ def figures(results: Path) -> str:
         result = read_result(path)
         if result is None and figure.optional:
             continue
-        text, met = MISSING, True
+        text, met, command = MISSING, True, figure.command
         if result is not None:
+            if result.get("clock") == "cpu":
+                command += " --clock cpu"
             try:
                 text, met = figure.read(result)
             except KeyError as error:
@@ -192,7 +194,7 @@ def figures(results: Path) -> str:
             if environment := result.get("environment"):
                 machines[_machine(environment)] = None
         measured = text if met else f"{text}: bar missed"
-        lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{figure.command}` |")
+        lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{command}` |")
     where = f"\n\nMeasured on {'; '.join(machines)}." if machines else ""
     return "\n".join(lines) + where
 

@@ -10,12 +10,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <vector>
 
-#include "llmqat/heuristics.h"
+#include "cpu/parallel.h"
 #include "llmqat/quant_math.h"
 
 namespace llmqat::bindings {
@@ -111,6 +112,24 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, S
   return torch::stable::new_empty(like, IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
 
+// Uninitialized, contiguous, on the CPU. The shim call goes past the dispatcher: a decode step
+// makes some hundred outputs of a few KiB, and the boxed aten::new_empty costs more than a small
+// product.
+inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes[d]);
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -134,11 +153,19 @@ auto dispatch_float(ScalarType dtype, const char* name, F&& f) {
   }
 }
 
-// f(begin, end) over rows of row_bytes of traffic each, on torch's threads (torch.set_num_threads).
+// Torch's threads (torch.set_num_threads).
+inline cpu::Parallel torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t count, int64_t grain, cpu::Parallel::Body* body, const void* f) {
+            torch::stable::parallel_for(0, count, grain,
+                                        [=](int64_t begin, int64_t end) { body(f, begin, end); });
+          }};
+}
+
+// f(begin, end) over rows of row_bytes of traffic each, on torch's threads.
 template <class F>
 void parallel_rows(int64_t rows, int64_t row_bytes, const F& f) {
-  if (rows <= 0) return;
-  torch::stable::parallel_for(0, rows, rows_per_task(row_bytes), f);
+  torch_threads().rows(rows, row_bytes, f);
 }
 
 }  // namespace llmqat::bindings

@@ -31,7 +31,7 @@ double chunk_loss(const Tensor& student, const Tensor& teacher, const bool* vali
 }
 
 Tensor scalar_like(const Tensor& like, double value) {
-  Tensor loss = new_empty(like, {}, ScalarType::Float);
+  Tensor loss = empty_cpu({}, ScalarType::Float);
   *mutable_data<float>(loss) = static_cast<float>(value);
   return loss;
 }

@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "cpu/float_matmul.h"
+#include "cpu/matmul_cuts.h"
 #include "cpu/quantized_matmul.h"
 #include "cpu/rows.h"
 #include "matmul_weights.h"
@@ -17,27 +18,6 @@ namespace llmqat::bindings {
 namespace {
 
 using cpu::OutType;
-
-// Four tiles: enough to pay for a second pass over the weights.
-constexpr int64_t kRowsPerPart = 48;
-
-// Uninitialized, contiguous, on the CPU. The shim call goes past the dispatcher: a decode step
-// makes some hundred outputs of a few KiB, and the boxed aten::new_empty costs more than a small
-// product.
-Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes[d]);
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 
 OutType out_type(ScalarType dtype, const char* name) {
   check_float_dtype(dtype, name);
@@ -79,29 +59,6 @@ const float* pointer(const std::optional<Tensor>& t) {
   return t.has_value() ? data<float>(*t) : nullptr;
 }
 
-// All panels and rows of a matmul on torch's threads: by panels, and by rows, too, where panels are
-// few.
-template <class Matmul>
-void run_parallel(const Matmul& matmul, int64_t rows, int64_t panel_bytes) {
-  const int64_t panels = matmul.panels();
-  if (panels == 0 || rows == 0) return;
-  const int64_t threads = torch::stable::get_num_threads();
-  int64_t parts = 1;
-  if (panels < 2 * threads) {
-    parts = std::max<int64_t>(1, std::min(cpu::ceil_div(2 * threads, panels), rows / kRowsPerPart));
-  }
-  const int64_t row_work =
-      std::max<int64_t>(1, rows / parts / 8);  // 8 rows take about the time of one read
-  parallel_rows(panels * parts, panel_bytes * row_work, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t part = begin / panels, first = begin % panels;
-      const int64_t last = std::min(panels, first + end - begin);
-      matmul.run(first, last, rows * part / parts, rows * (part + 1) / parts);
-      begin += last - first;
-    }
-  });
-}
-
 // ---- integer products ---------------------------------------------------------------------------
 
 struct Rows {
@@ -127,8 +84,8 @@ Rows activation_rows(const Tensor& a) {
 
 void run_integer(const cpu::QuantizedProblem& problem) {
   if (problem.m == 0 || problem.n == 0) return;
-  run_parallel(cpu::QuantizedMatmul(problem), problem.m,
-               cpu::panel_bytes(problem.layout, problem.k));
+  cpu::run_parallel(torch_threads(), cpu::QuantizedMatmul(problem), problem.m,
+                    cpu::panel_bytes(problem.layout, problem.k));
 }
 
 Tensor int_matmul(const Tensor& a, const Tensor& w, int64_t w_bits) {
@@ -181,16 +138,9 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t a_bits) {
   std::vector<int64_t> scale_sizes = sizes_of(x);
   scale_sizes.pop_back();
   Tensor scale = empty_cpu(scale_sizes, ScalarType::Float);
-  int8_t* to = mutable_data<int8_t>(codes);
-  float* scales = mutable_data<float>(scale);
   dispatch_float(x.scalar_type(), "x", [&, k = k, m = m](auto tag) {
-    using T = decltype(tag);
-    const T* in = data<T>(from);
-    parallel_rows(m, k * static_cast<int64_t>(sizeof(T) + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        scales[r] = cpu::quantize_row(in + r * k, k, static_cast<int>(a_bits), false, to + r * k);
-      }
-    });
+    cpu::quantize_rows(torch_threads(), data<decltype(tag)>(from), m, k, static_cast<int>(a_bits),
+                       false, mutable_data<int8_t>(codes), mutable_data<float>(scale));
   });
   return {codes, scale};
 }
@@ -219,7 +169,7 @@ Tensor float_linear(const Tensor& x, const Weight& weight, const Tensor& w_scale
                                   .bias = pointer(b),
                                   .out_type = type,
                                   .y = y.mutable_data_ptr()};
-  run_parallel(cpu::FloatMatmul(problem), m, k * cpu::kFloatPanel * 4);
+  cpu::run_parallel(torch_threads(), cpu::FloatMatmul(problem), m, k * cpu::kFloatPanel * 4);
   return y;
 }
 
@@ -317,7 +267,8 @@ Tensor float_matmul(const Tensor& x, const Tensor& w, const std::optional<Tensor
                                   .bias = pointer(b),
                                   .out_type = type,
                                   .y = y.mutable_data_ptr()};
-  run_parallel(cpu::FloatMatmul(problem), m, cpu::panel_bytes(header.layout, k));
+  cpu::run_parallel(torch_threads(), cpu::FloatMatmul(problem), m,
+                    cpu::panel_bytes(header.layout, k));
   return y;
 }
 

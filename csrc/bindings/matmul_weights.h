@@ -55,6 +55,13 @@ inline Weight repacked(const Tensor& w, int64_t w_bits, int64_t n, int64_t k) {
   return {held, expected, n, static_cast<const char*>(held.const_data_ptr()) + cpu::kHeaderBytes};
 }
 
+// A repacked integer weight whose width and rows are its own; n = -1 takes any number of rows.
+inline Weight repacked_codes(const Tensor& w, int64_t n, int64_t k) {
+  const cpu::PackedHeader header = packed_header(w);
+  const int64_t bits = header.layout == Layout::panels4 ? 4 : kMaxBits;
+  return repacked(w, bits, n == -1 ? header.n : n, k);
+}
+
 // The scale of a weight: [N], or [N, groups].
 inline Tensor weight_scale(const Tensor& w_scale, int64_t n, int64_t k, int64_t group_size) {
   check_cpu(w_scale, "w_scale");

@@ -2,12 +2,10 @@
 // training.
 #include "cpu/norm.h"
 
-#include <memory>
 #include <tuple>
 
 #include "checks.h"
 #include "cpu/activation.h"
-#include "cpu/rows.h"
 
 namespace llmqat::bindings {
 namespace {
@@ -20,11 +18,11 @@ struct Outputs {
 Outputs make_outputs(const Tensor& x, bool with_y, bool with_codes) {
   Outputs out;
   std::vector<int64_t> sizes = sizes_of(x);
-  if (with_y) out.y = new_empty(x, sizes, x.scalar_type());
+  if (with_y) out.y = empty_cpu(sizes, x.scalar_type());
   if (with_codes) {
-    out.codes = new_empty(x, sizes, ScalarType::Char);
+    out.codes = empty_cpu(sizes, ScalarType::Char);
     sizes.pop_back();
-    out.scale = new_empty(x, sizes, ScalarType::Float);
+    out.scale = empty_cpu(sizes, ScalarType::Float);
   }
   return out;
 }
@@ -35,25 +33,11 @@ int64_t row_count(const Tensor& x) {
   return count;
 }
 
-// Runs make_row(r, y) for each row and quantizes y where codes are wanted; y lies in the output or
-// in a buffer of the task. make_task() gives make_row its own scratch.
-template <class T, class MakeTask>
-void produce_rows(const Outputs& out, int64_t rows, int64_t n, int bits,
-                  const MakeTask& make_task) {
-  const bool keeps = out.y.has_value(),
-             quantizes = out.codes.has_value();  // data of empty rows is null
-  T* y = keeps ? mutable_data<T>(*out.y) : nullptr;
-  int8_t* codes = quantizes ? mutable_data<int8_t>(*out.codes) : nullptr;
-  float* scale = quantizes ? mutable_data<float>(*out.scale) : nullptr;
-  parallel_rows(rows, n * 3 * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {
-    const auto make_row = make_task();
-    const auto buffer = std::make_unique_for_overwrite<T[]>(keeps ? 0 : n);
-    for (int64_t r = begin; r < end; ++r) {
-      T* to = keeps ? y + r * n : buffer.get();
-      make_row(r, to);
-      if (quantizes) scale[r] = cpu::quantize_row(to, n, bits, false, codes + r * n);
-    }
-  });
+template <class T>
+cpu::RowOutput<T> pointers(const Outputs& out, int64_t bits) {
+  return {out.y ? mutable_data<T>(*out.y) : nullptr,
+          out.codes ? mutable_data<int8_t>(*out.codes) : nullptr,
+          out.scale ? mutable_data<float>(*out.scale) : nullptr, static_cast<int>(bits)};
 }
 
 std::vector<float> widened(const Tensor& weight_) {
@@ -74,24 +58,15 @@ std::optional<Tensor> run_norm(const Tensor& x_, const Tensor& weight, double ep
   const bool adds = residual_.has_value();
   const Tensor residual = adds ? as_contiguous(*residual_) : x;
   std::optional<Tensor> total;
-  if (adds) total = new_empty(x, sizes_of(x), x.scalar_type());
+  if (adds) total = empty_cpu(sizes_of(x), x.scalar_type());
   const bool is_wide = weight.scalar_type() == ScalarType::Float && weight.is_contiguous();
   const std::vector<float> copy = is_wide ? std::vector<float>() : widened(weight);
   const float* weights = is_wide ? data<float>(weight) : copy.data();
   dispatch_float(x.scalar_type(), "x", [&](auto tag) {
     using T = decltype(tag);
-    const T* from = data<T>(x);
-    const T* add = adds ? data<T>(residual) : nullptr;
-    T* sum = adds ? mutable_data<T>(*total) : nullptr;
-    produce_rows<T>(out, row_count(x), n, static_cast<int>(bits), [&] {
-      const std::shared_ptr<float[]> scratch(
-          new float[static_cast<size_t>(cpu::rms_norm_scratch(n))]);
-      return [=](int64_t r, T* to) {
-        const int64_t at = r * n;
-        cpu::rms_norm_row(from + at, add ? add + at : nullptr, weights, n, static_cast<float>(eps),
-                          sum ? sum + at : nullptr, to, scratch.get());
-      };
-    });
+    cpu::rms_norm_rows(torch_threads(), data<T>(x), adds ? data<T>(residual) : nullptr, weights,
+                       row_count(x), n, static_cast<float>(eps),
+                       adds ? mutable_data<T>(*total) : nullptr, pointers<T>(out, bits));
   });
   return total;
 }
@@ -124,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tens
   }
   const Outputs out = make_outputs(x, false, true);
   const std::optional<Tensor> total = run_norm(x, weight, eps, bits, residual, out);
-  return {*out.codes, *out.scale, total ? *total : new_empty(x, {0}, x.scalar_type())};
+  return {*out.codes, *out.scale, total ? *total : empty_cpu({0}, x.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_train(const Tensor& x, const Tensor& weight,
@@ -141,11 +116,8 @@ void run_silu(const Tensor& gate_, const Tensor& up_, int64_t bits, const Output
   const int64_t n = gate.size(gate.dim() - 1);
   dispatch_float(gate.scalar_type(), "gate", [&](auto tag) {
     using T = decltype(tag);
-    const T* gates = data<T>(gate);
-    const T* ups = data<T>(up);
-    produce_rows<T>(out, row_count(gate), n, static_cast<int>(bits), [&] {
-      return [=](int64_t r, T* to) { cpu::silu_mul_row(gates + r * n, ups + r * n, n, to); };
-    });
+    cpu::silu_mul_rows(torch_threads(), data<T>(gate), data<T>(up), n, row_count(gate), n,
+                       pointers<T>(out, bits));
   });
 }
 

@@ -16,20 +16,12 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, int64_t grou
   check_bits(bits, "bits");
   const Rows rows = rows_of(x_, group_size, "x");
   const Tensor x = as_contiguous(x_);
-  Tensor codes = new_empty(x, sizes_of(x), ScalarType::Char);
-  Tensor scale = new_empty(x, scale_sizes(x, group_size), ScalarType::Float);
+  Tensor codes = empty_cpu(sizes_of(x), ScalarType::Char);
+  Tensor scale = empty_cpu(scale_sizes(x, group_size), ScalarType::Float);
   dispatch_float(x.scalar_type(), "x", [&](auto tag) {
-    using T = decltype(tag);
-    const T* in = data<T>(x);
-    int8_t* out = mutable_data<int8_t>(codes);
-    float* scales = mutable_data<float>(scale);
-    parallel_rows(rows.count, rows.length * (sizeof(T) + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t at = r * rows.length;
-        scales[r] =
-            cpu::quantize_row(in + at, rows.length, static_cast<int>(bits), bf16_scale, out + at);
-      }
-    });
+    cpu::quantize_rows(torch_threads(), data<decltype(tag)>(x), rows.count, rows.length,
+                       static_cast<int>(bits), bf16_scale, mutable_data<int8_t>(codes),
+                       mutable_data<float>(scale));
   });
   return {codes, scale};
 }
@@ -45,7 +37,7 @@ Tensor dequantize(const Tensor& codes_, const Tensor& scale_, int64_t group_size
                   "scale: expected the shape of codes without its last dimension",
                   group_size == -1 ? "" : ", plus one of groups");
   const Tensor codes = as_contiguous(codes_), scale = as_contiguous(scale_);
-  Tensor y = new_empty(codes, sizes_of(codes), dtype);
+  Tensor y = empty_cpu(sizes_of(codes), dtype);
   dispatch_float(dtype, "dtype", [&](auto tag) {
     using T = decltype(tag);
     const int8_t* in = data<int8_t>(codes);
@@ -67,7 +59,7 @@ Tensor fake_quantize(const Tensor& x_, int64_t bits, int64_t group_size,
   check_bits(bits, "bits");
   const Rows rows = rows_of(x_, group_size, "x");
   const Tensor x = as_contiguous(x_);
-  Tensor y = new_empty(x, sizes_of(x), x.scalar_type());
+  Tensor y = empty_cpu(sizes_of(x), x.scalar_type());
   dispatch_float(x.scalar_type(), "x", [&](auto tag) {
     using T = decltype(tag);
     const T* in = data<T>(x);
@@ -89,7 +81,7 @@ Tensor fake_quantize_backward(const Tensor& grad_, const Tensor& x_,
   check_dtype(grad_, x_.scalar_type(), "grad");
   STD_TORCH_CHECK(sizes_of(grad_) == sizes_of(x_), "grad: expected the shape of x");
   const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_);
-  Tensor out = new_empty(grad, sizes_of(grad), grad.scalar_type());
+  Tensor out = empty_cpu(sizes_of(grad), grad.scalar_type());
   dispatch_float(grad.scalar_type(), "grad", [&](auto tag) {
     using T = decltype(tag);
     const T* from = data<T>(grad);
@@ -116,7 +108,7 @@ Tensor pack_int4(const Tensor& codes_) {
   std::vector<int64_t> sizes = sizes_of(codes);
   const int64_t bytes = packed_size(rows.length);
   sizes.back() = bytes;
-  Tensor packed = new_empty(codes, sizes, ScalarType::Byte);
+  Tensor packed = empty_cpu(sizes, ScalarType::Byte);
   const int8_t* in = data<int8_t>(codes);
   uint8_t* out = mutable_data<uint8_t>(packed);
   parallel_rows(rows.count, rows.length + bytes, [&](int64_t begin, int64_t end) {
@@ -136,7 +128,7 @@ Tensor unpack_int4(const Tensor& packed_, int64_t columns) {
   const Tensor packed = as_contiguous(packed_);
   std::vector<int64_t> sizes = sizes_of(packed);
   sizes.back() = columns;
-  Tensor codes = new_empty(packed, sizes, ScalarType::Char);
+  Tensor codes = empty_cpu(sizes, ScalarType::Char);
   const uint8_t* in = data<uint8_t>(packed);
   int8_t* out = mutable_data<int8_t>(codes);
   parallel_rows(rows.count, rows.length + columns, [&](int64_t begin, int64_t end) {

@@ -30,7 +30,7 @@ Tensor sample(const Tensor& logits_, const Tensor& record_, const Tensor& step_,
   const Tensor step = check_rows(step_, n, ScalarType::Long, "step");
   const Tensor greedy = check_rows(greedy_, n, ScalarType::Bool, "greedy");
   const Tensor logits = as_contiguous(logits_);
-  Tensor tokens = new_empty(logits, {n}, ScalarType::Long);
+  Tensor tokens = empty_cpu({n}, ScalarType::Long);
   dispatch_float(logits.scalar_type(), "logits", [&](auto tag) {
     using T = decltype(tag);
     parallel_rows(n, vocabulary * static_cast<int64_t>(sizeof(T)), [&](int64_t begin, int64_t end) {

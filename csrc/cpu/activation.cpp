@@ -24,8 +24,18 @@ void silu_mul_row(const T* gate, const T* up, int64_t n, T* y) {
   LLMQAT_DISPATCH_ISA(silu_mul_row(gate, up, n, y))
 }
 
-template void silu_mul_row<float>(const float*, const float*, int64_t, float*);
-template void silu_mul_row<bf16>(const bf16*, const bf16*, int64_t, bf16*);
-template void silu_mul_row<fp16>(const fp16*, const fp16*, int64_t, fp16*);
+template <class T>
+void silu_mul_rows(const Parallel& parallel, const T* gate, const T* up, int64_t stride,
+                   int64_t rows, int64_t n, const RowOutput<T>& out) {
+  produce_rows(parallel, out, rows, n,
+               [&](int64_t r, T* y) { silu_mul_row(gate + r * stride, up + r * stride, n, y); });
+}
+
+#define LLMQAT_INSTANTIATE(T)                                                                    \
+  template void silu_mul_row<T>(const T*, const T*, int64_t, T*);                                \
+  template void silu_mul_rows<T>(const Parallel&, const T*, const T*, int64_t, int64_t, int64_t, \
+                                 const RowOutput<T>&);
+LLMQAT_INSTANTIATE(float) LLMQAT_INSTANTIATE(bf16) LLMQAT_INSTANTIATE(fp16)
+#undef LLMQAT_INSTANTIATE
 
 }  // namespace llmqat::cpu

@@ -5,12 +5,14 @@
 #include <cmath>
 
 #include "llmqat/quant_math.h"
-#include "matmul_scratch.h"
+#include "matmul_cuts.h"
+#include "scratch.h"
 
 namespace llmqat::cpu {
 namespace {
 
 constexpr int64_t kSliceK = 1024;           // 2 panels of a slice are 128 KiB: far below L2
+static_assert(kSliceK % kSumK == 0);        // a slice never cuts a block of the sum
 constexpr int64_t kSliceRows = 512;         // partial sums of a group: 512 x 128 fp32 = 256 KiB
 constexpr int64_t kGroupBytes = 512 << 10;  // weights of a group and slice
 constexpr int64_t kGroupPanels = 8;
@@ -27,10 +29,15 @@ void tile_scalar(int rows, int panels, const FloatTileArgs& t) {
     for (int p = 0; p < panels; ++p) {
       const W* w = static_cast<const W*>(t.panel) + p * t.panel_stride;
       float* out = t.out + r * t.ldo + p * kFloatPanel;
-      if (!t.resume) std::fill(out, out + kFloatPanel, 0.0f);
-      for (int64_t k = 0; k < t.k; ++k, w += kFloatPanel) {
-        const float x = t.x[r * t.ldx + k];
-        for (int i = 0; i < kFloatPanel; ++i) out[i] = std::fma(x, widen(w[i]), out[i]);
+      for (int64_t begin = 0; begin == 0 || begin < t.k; begin += kSumK) {
+        float sum[kFloatPanel] = {};
+        const int64_t end = begin + block_length(t.k, begin);
+        for (int64_t k = begin; k < end; ++k, w += kFloatPanel) {
+          const float x = t.x[r * t.ldx + k];
+          for (int i = 0; i < kFloatPanel; ++i) sum[i] = std::fma(x, widen(w[i]), sum[i]);
+        }
+        const bool resume = t.resume || begin > 0;
+        for (int i = 0; i < kFloatPanel; ++i) out[i] = resume ? out[i] + sum[i] : sum[i];
       }
     }
   }

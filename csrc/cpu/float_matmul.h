@@ -1,19 +1,20 @@
 // y = x @ w.T in fp32 with weights in float panels (spec 17): the teacher's GEMM and the head.
 //
-// Math:    y[m, n] = fma(x[m, K-1], w[n, K-1], ... fma(x[m, 0], w[n, 0], 0)), then add(y, bias[n]),
-//          one cast.
+// Math:    for every block of 128 k: s = fma(x[m, k], w[n, k], s) over k ascending from 0; the
+//          blocks are added in order, then add(y, bias[n]), one cast.
 // Shapes:  x [M, K] fp32; w panels [N / 16][K][16] in fp32 or bf16 (widened by a shift, exact), or
 //          row-major codes with scales, dequantized to panels on the way (the A16 form of spec 7);
 //          y [M, N]. Work unit: one panel of 16 channels for a range of rows.
 // Tiling:  R rows x P panels, at most 28 accumulators of 32 registers (14 x 2 for many rows: 28 FMA
 //          on 16 loads); one row takes 8 panels: two FMA a cycle of latency 4 need 8 chains, and 8
 //          memory streams fill the bus. K in slices of 1024 and panels in groups of 512 KiB keep
-//          the weights in L2 while all rows pass; the partial sums of a slice go on from where the
-//          last one stopped.
+//          the weights in L2 while all rows pass; the sums of a slice are added to those of the
+//          slices before it.
 // Cost:    2*M*N*K flops; one row reads N*K*4 (bf16: 2) bytes.
-// Numerics: one chain over k ascending for every output: the same bits for every batch size, cut,
-//          thread count and instruction set. bf16 storage gives the bits of the same weights in
-//          fp32.
+// Numerics: one fixed order of the sum for every output: the same bits for every batch size, cut,
+//          thread count and instruction set. Blocks of 128 keep the error below that of usual GEMMs
+//          (one chain over all k had 3-4 times it). bf16 storage gives the bits of the same
+//          weights in fp32.
 // Edges:   M, N or K = 0; N is padded to whole panels with zeros that are computed and not stored.
 // Tests:   tests/kernels/test_float_matmul_native.py, test_linear_native.py
 #pragma once
@@ -26,9 +27,15 @@
 
 namespace llmqat::cpu {
 
+inline constexpr int64_t kSumK = 128;  // spec 17
 inline constexpr int kMaxFloatRows = 14;
 inline constexpr int kMaxFloatPanels = 8;
 inline constexpr int kMaxFloatCells = 28 * kFloatPanel;  // rows * panels <= 28 in every tile
+
+// Length of the block of the sum that begins at `begin`.
+inline int64_t block_length(int64_t k, int64_t begin) {
+  return k - begin < kSumK ? k - begin : kSumK;
+}
 
 struct FloatTileArgs {
   const float* x;
@@ -36,7 +43,7 @@ struct FloatTileArgs {
   const void* panel;     // first k of the slice in the first panel
   int64_t panel_stride;  // elements between panels
   int64_t k;             // of the slice
-  bool resume;           // sums go on from out instead of 0
+  bool resume;           // sums are added to out instead of written
   float* out;            // [rows, panels * 16]
   int64_t ldo;
   const void* ahead;  // k / 4 * 128 bytes to prefetch into L2 meanwhile, or nullptr

@@ -20,28 +20,35 @@ LLMQAT_INLINE2 __m256 load_weights(const uint16_t* p) {  // bf16 is the upper ha
 // P panels of 16 channels: 2 * P registers a row.
 template <int R, int P, class W>
 LLMQAT_TARGET_AVX2 void tile(const FloatTileArgs& t) {
-  __m256 acc[R][2 * P];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int p = 0; p < 2 * P; ++p)
-      acc[r][p] = t.resume ? _mm256_loadu_ps(t.out + r * t.ldo + 8 * p) : _mm256_setzero_ps();
   const W* w = static_cast<const W*>(t.panel);
-  for (int64_t k = 0; k < t.k; ++k, w += kFloatPanel) {
-    __m256 x[R];
+  for (int64_t begin = 0; begin == 0 || begin < t.k; begin += kSumK) {
+    __m256 acc[R][2 * P];
 #pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) x[r] = _mm256_set1_ps(t.x[r * t.ldx + k]);
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int p = 0; p < 2 * P; ++p) {
-      const __m256 wp = load_weights(w + p / 2 * t.panel_stride + p % 2 * 8);
+      for (int p = 0; p < 2 * P; ++p) acc[r][p] = _mm256_setzero_ps();
+    const int64_t end = begin + block_length(t.k, begin);
+    for (int64_t k = begin; k < end; ++k, w += kFloatPanel) {
+      __m256 x[R];
 #pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) acc[r][p] = _mm256_fmadd_ps(x[r], wp, acc[r][p]);
+      for (int r = 0; r < R; ++r) x[r] = _mm256_set1_ps(t.x[r * t.ldx + k]);
+#pragma GCC unroll 8
+      for (int p = 0; p < 2 * P; ++p) {
+        const __m256 wp = load_weights(w + p / 2 * t.panel_stride + p % 2 * 8);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) acc[r][p] = _mm256_fmadd_ps(x[r], wp, acc[r][p]);
+      }
     }
-  }
+    const bool resume = t.resume || begin > 0;
 #pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int p = 0; p < 2 * P; ++p) _mm256_storeu_ps(t.out + r * t.ldo + 8 * p, acc[r][p]);
+      for (int p = 0; p < 2 * P; ++p) {
+        float* out = t.out + r * t.ldo + 8 * p;
+        const __m256 sum = acc[r][p];
+        _mm256_storeu_ps(out, resume ? _mm256_add_ps(_mm256_loadu_ps(out), sum) : sum);
+      }
+  }
 }
 
 int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }

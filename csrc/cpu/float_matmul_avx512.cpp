@@ -47,14 +47,6 @@ LLMQAT_INLINE512 void k_step(__m512 (&acc)[R][P], const float* const* base, int6
 
 template <int R, int P, class W>
 LLMQAT_TARGET_AVX512 void tile(const FloatTileArgs& t) {
-  __m512 acc[R][P];
-#pragma GCC unroll 14
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p)
-      acc[r][p] =
-          t.resume ? _mm512_loadu_ps(t.out + r * t.ldo + p * kFloatPanel) : _mm512_setzero_ps();
-
   constexpr int kBases =
       (R + 2) / 3;  // row r is base[r / 3] + (r % 3) * ldx: one address, few pointers
   const float* base[kBases];
@@ -62,36 +54,50 @@ LLMQAT_TARGET_AVX512 void tile(const FloatTileArgs& t) {
 #pragma GCC unroll 5
   for (int i = 0; i < kBases; ++i) base[i] = t.x + 3 * i * ldx;
   const W* w = static_cast<const W*>(t.panel);
-
   const char* ahead = static_cast<const char*>(t.ahead);
-  int64_t k = 0;
-  for (; k + 4 <= t.k; k += 4) {
-    if constexpr (R >= 7) {  // about 50 cycles of arithmetic hide two lines
-      if (ahead != nullptr) {
-        _mm_prefetch(ahead, _MM_HINT_T1);
-        _mm_prefetch(ahead + 64, _MM_HINT_T1);
-        ahead += 128;
-      }
-    }
-    k_step<R, P>(acc, base, ldx, 0, w, stride);
-    k_step<R, P>(acc, base, ldx, 1, w + kFloatPanel, stride);
-    k_step<R, P>(acc, base, ldx, 2, w + 2 * kFloatPanel, stride);
-    k_step<R, P>(acc, base, ldx, 3, w + 3 * kFloatPanel, stride);
-    w += 4 * kFloatPanel;
-#pragma GCC unroll 5
-    for (int i = 0; i < kBases; ++i) base[i] += 4;
-  }
-  for (; k < t.k; ++k) {
-    k_step<R, P>(acc, base, ldx, 0, w, stride);
-    w += kFloatPanel;
-#pragma GCC unroll 5
-    for (int i = 0; i < kBases; ++i) base[i] += 1;
-  }
 
+  for (int64_t begin = 0; begin == 0 || begin < t.k; begin += kSumK) {
+    __m512 acc[R][P];
 #pragma GCC unroll 14
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) _mm512_storeu_ps(t.out + r * t.ldo + p * kFloatPanel, acc[r][p]);
+      for (int p = 0; p < P; ++p) acc[r][p] = _mm512_setzero_ps();
+
+    const int64_t length = block_length(t.k, begin);
+    int64_t k = 0;
+    for (; k + 4 <= length; k += 4) {
+      if constexpr (R >= 7) {  // about 50 cycles of arithmetic hide two lines
+        if (ahead != nullptr) {
+          _mm_prefetch(ahead, _MM_HINT_T1);
+          _mm_prefetch(ahead + 64, _MM_HINT_T1);
+          ahead += 128;
+        }
+      }
+      k_step<R, P>(acc, base, ldx, 0, w, stride);
+      k_step<R, P>(acc, base, ldx, 1, w + kFloatPanel, stride);
+      k_step<R, P>(acc, base, ldx, 2, w + 2 * kFloatPanel, stride);
+      k_step<R, P>(acc, base, ldx, 3, w + 3 * kFloatPanel, stride);
+      w += 4 * kFloatPanel;
+#pragma GCC unroll 5
+      for (int i = 0; i < kBases; ++i) base[i] += 4;
+    }
+    for (; k < length; ++k) {
+      k_step<R, P>(acc, base, ldx, 0, w, stride);
+      w += kFloatPanel;
+#pragma GCC unroll 5
+      for (int i = 0; i < kBases; ++i) base[i] += 1;
+    }
+
+    const bool resume = t.resume || begin > 0;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        float* out = t.out + r * t.ldo + p * kFloatPanel;
+        const __m512 sum = acc[r][p];
+        _mm512_storeu_ps(out, resume ? _mm512_add_ps(_mm512_loadu_ps(out), sum) : sum);
+      }
+  }
 }
 
 int tile_panels(int rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : 2; }

@@ -24,11 +24,25 @@ namespace llmqat::cpu {
 
 template <class T>
 void rms_norm_row(const T* x, const T* residual, const float* weight, int64_t n, float eps,
-                  T* total, T* y, float* scratch){
-    LLMQAT_DISPATCH_ISA(rms_norm_row(x, residual, weight, n, eps, total, y, scratch))}
+                  T* total, T* y, float* scratch) {
+  LLMQAT_DISPATCH_ISA(rms_norm_row(x, residual, weight, n, eps, total, y, scratch))
+}
 
-#define LLMQAT_INSTANTIATE(T) \
-  template void rms_norm_row<T>(const T*, const T*, const float*, int64_t, float, T*, T*, float*);
+template <class T>
+void rms_norm_rows(const Parallel& parallel, const T* x, const T* residual, const float* weight,
+                   int64_t rows, int64_t n, float eps, T* total, const RowOutput<T>& out) {
+  produce_rows(parallel, out, rows, n, [&](int64_t r, T* y) {
+    thread_local Scratch<float> t_squares;
+    const int64_t at = r * n;
+    rms_norm_row(x + at, residual == nullptr ? nullptr : residual + at, weight, n, eps,
+                 total == nullptr ? nullptr : total + at, y, t_squares.get(rms_norm_scratch(n)));
+  });
+}
+
+#define LLMQAT_INSTANTIATE(T)                                                                      \
+  template void rms_norm_row<T>(const T*, const T*, const float*, int64_t, float, T*, T*, float*); \
+  template void rms_norm_rows<T>(const Parallel&, const T*, const T*, const float*, int64_t,       \
+                                 int64_t, float, T*, const RowOutput<T>&);
 LLMQAT_INSTANTIATE(float) LLMQAT_INSTANTIATE(bf16) LLMQAT_INSTANTIATE(fp16)
 #undef LLMQAT_INSTANTIATE
 

@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "matmul_scratch.h"
+#include "matmul_cuts.h"
+#include "scratch.h"
 
 namespace llmqat::cpu {
 namespace {

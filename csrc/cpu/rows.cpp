@@ -322,10 +322,22 @@ void mask_gradient(const T* grad, const T* x, int64_t n, float clip, T* out) {
   }
 }
 
-#define LLMQAT_INSTANTIATE(T)                                            \
-  template float quantize_row<T>(const T*, int64_t, int, bool, int8_t*); \
-  template void dequantize_row<T>(const int8_t*, int64_t, float, T*);    \
-  template void fake_quantize_row<T>(const T*, int64_t, int, bool, T*);  \
+template <class T>
+void quantize_rows(const Parallel& parallel, const T* x, int64_t rows, int64_t n, int bits,
+                   bool bf16_scale, int8_t* codes, float* scale) {
+  parallel.rows(rows, n * static_cast<int64_t>(sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      scale[r] = quantize_row(x + r * n, n, bits, bf16_scale, codes + r * n);
+    }
+  });
+}
+
+#define LLMQAT_INSTANTIATE(T)                                                                     \
+  template float quantize_row<T>(const T*, int64_t, int, bool, int8_t*);                          \
+  template void quantize_rows<T>(const Parallel&, const T*, int64_t, int64_t, int, bool, int8_t*, \
+                                 float*);                                                         \
+  template void dequantize_row<T>(const int8_t*, int64_t, float, T*);                             \
+  template void fake_quantize_row<T>(const T*, int64_t, int, bool, T*);                           \
   template void mask_gradient<T>(const T*, const T*, int64_t, float, T*);
 LLMQAT_INSTANTIATE(float)
 LLMQAT_INSTANTIATE(bf16)

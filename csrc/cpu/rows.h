@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "llmqat/quant_math.h"
+#include "parallel.h"
 
 namespace llmqat::cpu {
 
@@ -15,6 +16,11 @@ namespace llmqat::cpu {
 // 0.
 template <class T>
 float quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, int8_t* codes);
+
+// The same for `rows` rows of n values that follow one another.
+template <class T>
+void quantize_rows(const Parallel& parallel, const T* x, int64_t rows, int64_t n, int bits,
+                   bool bf16_scale, int8_t* codes, float* scale);
 
 // n codes times one scale, cast to T (spec 5).
 template <class T>

@@ -48,7 +48,8 @@ class Engine:
             lossless.
         head_bits: 16 keeps the head as it is; 8 quantizes it and its input to 8 bits (approximate:
             the method leaves the head alone).
-        replay: record the pass and replay it without Python between the operators; same bits.
+        replay: run the pass without Python between the operators, by a native call for the blocks
+            or by replaying a recording; the same bits.
 
     Raises:
         ConfigError: an unsupported model or KV setting. InvalidArgument: sizes out of range.
@@ -111,10 +112,11 @@ class Engine:
             for _ in weights.blocks
         ]
         self._lengths = [0] * max_slots
-        self.forward = Forward(weights, self._caches, self.dtype, self.backend)
+        self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=replay)
         self._run: Pass = self.forward
-        # The reference backend is Python itself and cannot be recorded.
-        if replay and "reference" not in self.backends().values():
+        # The reference backend is Python itself and cannot be recorded; fused blocks leave no more
+        # than a few operators.
+        if replay and not self.forward.fused and "reference" not in self.backends().values():
             zero = torch.zeros(1, dtype=torch.int64, device=self.device)
             with torch.inference_mode():  # writes to slot 0, which is empty: nothing sees it
                 self._run = record(self.forward, (zero, zero.clone(), zero.clone()))

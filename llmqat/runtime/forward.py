@@ -5,17 +5,21 @@ layout), so a pass is a short list of calls: per block with quantized activation
 
     rms_norm_quantize(+residual) > qkv > rope_quantize_append > rope(q) > attention_decode
     > quantize > o > rms_norm_quantize(+residual) > gate_up > silu_mul_quantize > down
+
+On the CPU these blocks are one native call that does the same (``fused``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby, repeat
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmqat.runtime.fused import FusedBlocks, Rows, fused_kernel
 from llmqat.runtime.weights import Block, FusedLinear, ModelWeights
 from llmqat_kernels import KVCache
 from llmqat_kernels.dispatch import resolve
@@ -34,15 +38,8 @@ OPERATORS = (
     "attention_decode",
 )
 
-
-class _Rows(NamedTuple):
-    """The rows of one pass: slot, position and visible length of each token, int64 [n] on the
-    device.
-    """
-
-    slots: Tensor
-    positions: Tensor
-    lengths: Tensor
+Step = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor | None]]
+"""(stream [n, H], what is to be added to it, rows) -> the same two after some blocks."""
 
 
 class Forward:
@@ -51,10 +48,18 @@ class Forward:
     Args:
         caches: one KV cache per block, written in place.
         dtype: of the activations. backend: as for ``llmqat_kernels.use_backend``.
+        fuse: run neighbouring blocks with quantized activations as one native call where there is
+            one; the same bits.
     """
 
     def __init__(
-        self, weights: ModelWeights, caches: Sequence[KVCache], dtype: torch.dtype, backend: str
+        self,
+        weights: ModelWeights,
+        caches: Sequence[KVCache],
+        dtype: torch.dtype,
+        backend: str,
+        *,
+        fuse: bool = True,
     ) -> None:
         self.weights, self.dtype = weights, dtype
         device = weights.embedding.device.type
@@ -63,24 +68,38 @@ class Forward:
         self.kernels = SimpleNamespace(**{op: choice.kernel for op, choice in choices.items()})
         self._heads = (weights.heads, weights.kv_heads, weights.kv_heads)
         self._halves = (weights.blocks[0].gate_up.n // 2,) * 2
-        self._steps: list[tuple[Callable[..., tuple[Tensor, Tensor]], Block, KVCache]] = [
-            (self._float_block if block.integer_bits is None else self._integer_block, block, cache)
-            for block, cache in zip(weights.blocks, caches, strict=True)
-        ]
+        fused = fused_kernel(self.backends) if fuse else None
+        self._steps = list(self._plan(caches, fused))
+
+    def _plan(self, caches: Sequence[KVCache], fused: Callable[..., None] | None) -> Iterator[Step]:
+        """The blocks as steps."""
+        pairs = zip(self.weights.blocks, caches, strict=True)
+        for integer, group in groupby(pairs, lambda pair: pair[0].integer_bits is not None):
+            blocks, own = zip(*group, strict=True)
+            if integer and fused is not None:
+                yield FusedBlocks(fused, blocks, own, self.weights)
+            else:
+                step = self._integer_block if integer else self._float_block
+                yield from map(partial, repeat(step), blocks, own)
+
+    @property
+    def fused(self) -> bool:
+        """Whether some blocks run as one native call."""
+        return any(isinstance(step, FusedBlocks) for step in self._steps)
 
     def __call__(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """tokens, slots, positions int64 [n] -> the residual stream [n, H] after the last block: a
         fixed sequence of operators, whatever n is.
         """
-        rows = _Rows(slots, positions, positions + 1)
+        rows = Rows(slots, positions, positions + 1)
         stream = self.weights.embedding.index_select(0, tokens).to(self.dtype)
         delta: Tensor | None = None
-        for run, block, cache in self._steps:
-            stream, delta = run(block, cache, stream, delta, rows)
+        for step in self._steps:
+            stream, delta = step(stream, delta, rows)
         return stream if delta is None else stream + delta
 
     def _integer_block(
-        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: _Rows
+        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """One block whose linears all take codes; returns the stream and what is to be added to
         it.
@@ -102,7 +121,7 @@ class Forward:
         return stream, self.integer(block.down, codes, scale)
 
     def _float_block(
-        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: _Rows
+        self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """One block of which at least one linear takes floats."""
         kernels = self.kernels
@@ -115,7 +134,7 @@ class Forward:
         gate, up = self.linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
         return stream, self.linear(block.down, kernels.silu_mul(gate, up))
 
-    def _attend(self, cache: KVCache, qkv: Tensor, rows: _Rows) -> Tensor:
+    def _attend(self, cache: KVCache, qkv: Tensor, rows: Rows) -> Tensor:
         """Write K and V of the rows, then attend: qkv [n, (H + 2 Hkv) D] -> [n, H D]."""
         kernels, weights = self.kernels, self.weights
         cos, sin = weights.cos, weights.sin

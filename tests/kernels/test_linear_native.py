@@ -38,7 +38,7 @@ def test_quantized_linear_is_quantize_then_matmul(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", (-1, 14))
 def test_float_activations(isa: str, dtype: torch.dtype, group: int) -> None:
-    """A16: the fp32 chain on the weight dequantized to x's dtype."""
+    """A16: the fp32 product (spec 17) on the weight dequantized to x's dtype."""
     m, n, k = 17, 37, 70
     x = torch.randn(m, k, generator=generator(1)).to(dtype)
     w, sw = codes(n, k, 4, 2), scales(n, seed=3) if group == -1 else scales(n, k // group, seed=3)

@@ -17,6 +17,7 @@ from llmqat.models.families import find_family, iter_linears
 from llmqat.runtime import Engine, Request, Sampling, run_requests
 from llmqat.runtime.replay import record
 from llmqat.runtime.weights import fuse, narrow
+from llmqat_kernels import native
 from tests.llmqat.tiny import random_tokens, tiny_llama
 
 SETTINGS = ["16-16-16", "8-8-8", "4-8-4", "4-8-16", "4-6-8", "4-16-16", "16-8-16"]
@@ -185,7 +186,10 @@ def test_replay_gives_the_same_bits(backend, setting):
     model = quantized(tiny_llama(20), setting, "serving")
     python = Engine(model, max_slots=3, max_len=16, replay=False)
     replay = Engine(model, max_slots=3, max_len=16)
-    assert (replay._run is replay.forward) == (backend == "reference")
+    assert not python.forward.fused
+    assert replay.forward.fused == (backend == "cpu" and setting == "4-8-4")
+    recorded = backend == "cpu" and not replay.forward.fused
+    assert (replay._run is not replay.forward) == recorded
     for engine in (python, replay):
         engine.prefill([0, 2], [[1, 2, 3, 4], [9]])
         engine.decode([5], [2])
@@ -196,6 +200,37 @@ def test_replay_gives_the_same_bits(backend, setting):
             a.v_scale[[0, 2]] if a.bits < 16 else a.v_codes[[0, 2]],
             b.v_scale[[0, 2]] if b.bits < 16 else b.v_codes[[0, 2]],
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fields", [{}, {"bias": True, "kv_heads": 4}, {"layers": 3, "float_block": 1}], ids=str
+)
+@pytest.mark.parametrize("mode", ["paper", "serving"])
+@pytest.mark.parametrize("setting", ["4-8-8", "8-8-4", "4-8-16"])
+def test_fused_blocks_give_the_same_bits(setting, mode, fields, dtype):
+    if not native.is_available():
+        pytest.skip(native.why_not())
+    plain = fields.pop("float_block", None) if (fields := dict(fields)) else None
+    model = quantized(tiny_llama(22, **fields), setting, mode, packed=False).to(dtype)
+    if plain is not None:  # a block of float linears between two of integer ones
+        mlp = model.model.layers[plain].mlp
+        mlp.down_proj = copy.deepcopy(tiny_llama(22, **fields).model.layers[plain].mlp.down_proj)
+        mlp.down_proj.to(dtype)
+    engines = [Engine(model, max_slots=2, max_len=40, replay=fuse) for fuse in (False, True)]
+    assert [engine.forward.fused for engine in engines] == [False, True]
+    assert len(engines[1].forward._steps) == (1 if plain is None else 3)
+    prompts = [random_tokens(7, 1, 17)[0].tolist(), [3]]
+    for step in (
+        lambda engine: engine.prefill([0, 1], prompts),
+        lambda engine: engine.decode([5], [1]),
+        lambda engine: engine.decode([6, 7], [1, 0]),
+    ):
+        composed, fused = map(step, engines)
+        assert torch.equal(composed, fused)
+    for a, b in zip(*(engine.caches for engine in engines), strict=True):
+        assert torch.equal(a.k_codes, b.k_codes) and torch.equal(a.v_codes, b.v_codes)
+        assert torch.equal(a.k_scale, b.k_scale) and torch.equal(a.v_scale, b.v_scale)
 
 
 def test_replay_that_cannot_be_recorded(monkeypatch, caplog):

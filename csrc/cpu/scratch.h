@@ -1,4 +1,4 @@
-// What the two matmul drivers share: scratch memory and equal cuts.
+// Memory that a thread keeps between calls.
 #pragma once
 
 #include <cstdint>
@@ -28,15 +28,6 @@ class Scratch {
   };
   std::unique_ptr<T, Free> data_;
   int64_t size_ = 0;
-};
-
-// [begin, end) in the fewest parts of at most `most`, equal to within one: 16 rows become 8 + 8
-// rather than 12 + 4, and every tile has enough accumulators to hide latency.
-struct Cut {
-  int64_t begin, end, parts;
-  Cut(int64_t begin, int64_t end, int64_t most)
-      : begin(begin), end(end), parts((end - begin + most - 1) / most) {}
-  int64_t at(int64_t i) const { return begin + (end - begin) * i / parts; }
 };
 
 }  // namespace llmqat::cpu
