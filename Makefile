@@ -10,7 +10,7 @@ CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
 
 NEWEST_TESTS := $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
 
-.PHONY: help venv demo test test-newest test-gpu lint format bench clean
+.PHONY: help venv demo test test-slow test-newest test-gpu lint format bench clean
 
 help:    ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:    *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -34,6 +34,9 @@ test: venv  ## the tests that run anywhere
 
 test-gpu: venv  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests
+
+test-slow: venv  ## real installations and other tests of more than 20 seconds
+	$(BIN)/python -m pytest -m "slow and not gpu" tests
 
 test-newest: venv  ## the tests that touch transformers, on its newest release
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6"

@@ -1,7 +1,7 @@
 """Reference against every CPU instruction set, in bulk: codes, scales, packed bytes, accumulators.
 0 differences is the bar.
 
-    python -m benchmarks.equality [--elements 50000000] [--json FILE]
+    python -m benchmarks.equality [--elements 50000000] [--save]
 
 Row inputs mix magnitudes, exact ties, denormals, zero, NaN and Inf rows, in fp32, bf16 and fp16;
 GEMM operands include the
@@ -11,15 +11,14 @@ worst case (every code at its limit) up to K = 28,672.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import llmqat_kernels as qk
+from benchmarks.timing import save
 from llmqat_kernels import native
 from llmqat_kernels.spec import int4, linear
 from llmqat_kernels.spec import quantize as rows
@@ -101,7 +100,9 @@ def main() -> None:
     parser.add_argument(
         "--elements", type=int, default=50_000_000, help="row elements per instruction set"
     )
-    parser.add_argument("--json", type=Path, help="also write the counts here")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/equality.json"
+    )
     args = parser.parse_args()
     results, checked = {}, ("codes", "scales", "dequantized", "packed bytes", "accumulators")
     print("| instruction set | elements | ties | accumulators | differences | seconds |")
@@ -115,8 +116,8 @@ def main() -> None:
             f"| {isa} | {count['elements']:,} | {count['ties']:,} |"
             f" {count['accumulators compared']:,} | {wrong} | {time.monotonic() - start:.0f} |"
         )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if args.save:
+        save("equality", {"instruction_sets": results})
     raise SystemExit(any(r["differences"] for r in results.values()))
 
 
