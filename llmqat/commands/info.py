@@ -74,9 +74,7 @@ def render(info: dict[str, Any]) -> str:
         "  ".join(f"{name} {v or 'not installed'}" for name, v in info["versions"].items())
     )
     library = info["native"]
-    lines.append(
-        f"native library: {library['isa'] or 'missing, ' + library['reason']}"
-    )
+    lines.append(f"native library: {library['isa'] or 'missing, ' + library['reason']}")
     lines += [f"  {key}: {value}" for key, value in library["build"].items()]
     if not info["cuda_devices"]:
         lines.append("cuda: no device")

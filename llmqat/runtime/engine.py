@@ -16,7 +16,6 @@ from llmqat.config import KV_MODES, PACKED_KV_BITS
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family
 from llmqat.runtime.forward import Forward
-from llmqat.runtime.replay import Pass, record
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
 from llmqat.runtime.weights import extract
@@ -48,8 +47,7 @@ class Engine:
             lossless.
         head_bits: 16 keeps the head as it is; 8 quantizes it and its input to 8 bits (approximate:
             the method leaves the head alone).
-        replay: run the pass without Python between the operators, by a native call for the blocks
-            or by replaying a recording; the same bits.
+        fuse: run neighbouring blocks as one native call where there is one; the same bits.
 
     Raises:
         ConfigError: an unsupported model or KV setting. InvalidArgument: sizes out of range.
@@ -66,7 +64,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         weight_dtype: torch.dtype | None = None,
         head_bits: int = 16,
-        replay: bool = True,
+        fuse: bool = True,
     ) -> None:
         if max_slots < 1:
             raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
@@ -112,14 +110,7 @@ class Engine:
             for _ in weights.blocks
         ]
         self._lengths = [0] * max_slots
-        self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=replay)
-        self._run: Pass = self.forward
-        # The reference backend is Python itself and cannot be recorded; fused blocks leave no more
-        # than a few operators.
-        if replay and not self.forward.fused and "reference" not in self.backends().values():
-            zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-            with torch.inference_mode():  # writes to slot 0, which is empty: nothing sees it
-                self._run = record(self.forward, (zero, zero.clone(), zero.clone()))
+        self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=fuse)
 
     # What it holds
 
@@ -281,4 +272,4 @@ class Engine:
             torch.tensor(values, dtype=torch.int64, device=self.device)
             for values in (ids, slots, positions)
         )
-        return self._run(ids_, slots_, positions_)
+        return self.forward(ids_, slots_, positions_)

@@ -15,7 +15,6 @@ from llmqat.convert import convert, prepare
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
 from llmqat.runtime import Engine, Request, Sampling, run_requests
-from llmqat.runtime.replay import record
 from llmqat.runtime.weights import fuse, narrow
 from llmqat_kernels import native
 from tests.llmqat.tiny import random_tokens, tiny_llama
@@ -182,24 +181,10 @@ def test_rows_do_not_depend_on_each_other(setting):
 
 
 @pytest.mark.parametrize("setting", ["16-16-16", "4-8-4", "16-8-16"])
-def test_replay_gives_the_same_bits(backend, setting):
+def test_blocks_are_fused_where_a_native_call_exists(backend, setting):
     model = quantized(tiny_llama(20), setting, "serving")
-    python = Engine(model, max_slots=3, max_len=16, replay=False)
-    replay = Engine(model, max_slots=3, max_len=16)
-    assert not python.forward.fused
-    assert replay.forward.fused == (backend == "cpu" and setting == "4-8-4")
-    recorded = backend == "cpu" and not replay.forward.fused
-    assert (replay._run is not replay.forward) == recorded
-    for engine in (python, replay):
-        engine.prefill([0, 2], [[1, 2, 3, 4], [9]])
-        engine.decode([5], [2])
-    assert torch.equal(python.decode([6, 7], [2, 0]), replay.decode([6, 7], [2, 0]))
-    for a, b in zip(python.caches, replay.caches, strict=True):
-        assert torch.equal(a.k_codes[[0, 2]], b.k_codes[[0, 2]])
-        assert torch.equal(
-            a.v_scale[[0, 2]] if a.bits < 16 else a.v_codes[[0, 2]],
-            b.v_scale[[0, 2]] if b.bits < 16 else b.v_codes[[0, 2]],
-        )
+    assert Engine(model, max_len=16).forward.fused == (backend == "cpu" and setting == "4-8-4")
+    assert not Engine(model, max_len=16, fuse=False).forward.fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,7 +200,7 @@ def test_fused_blocks_give_the_same_bits(setting, mode, fields, mixed, dtype):
     if mixed:  # the middle block has a float linear: two native calls around it
         model.model.layers[1].mlp.down_proj = copy.deepcopy(plain.model.layers[1].mlp.down_proj)
     model.to(dtype)
-    engines = [Engine(model, max_slots=2, max_len=40, replay=fuse) for fuse in (False, True)]
+    engines = [Engine(model, max_slots=2, max_len=40, fuse=fuse) for fuse in (False, True)]
     assert [engine.forward.fused for engine in engines] == [False, True]
     assert len(engines[1].forward._steps) == (3 if mixed else 1)
     prompts = [random_tokens(7, 1, 17)[0].tolist(), [3]]
@@ -229,18 +214,6 @@ def test_fused_blocks_give_the_same_bits(setting, mode, fields, mixed, dtype):
     for a, b in zip(*(engine.caches for engine in engines), strict=True):
         assert torch.equal(a.k_codes, b.k_codes) and torch.equal(a.v_codes, b.v_codes)
         assert torch.equal(a.k_scale, b.k_scale) and torch.equal(a.v_scale, b.v_scale)
-
-
-def test_replay_that_cannot_be_recorded(monkeypatch, caplog):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("tracing is gone")
-
-    monkeypatch.setattr(torch.jit, "trace", refuse)
-    zero = torch.zeros(1, dtype=torch.int64)
-    forward = lambda tokens, slots, positions: tokens  # noqa: E731
-    with caplog.at_level("WARNING", logger="llmqat"):
-        assert record(forward, (zero, zero, zero)) is forward
-    assert "tracing is gone" in caplog.text
 
 
 def test_eight_bit_head(backend):
