@@ -17,6 +17,7 @@ from llmqat.checkpoint.architecture import Architecture
 from llmqat.checkpoint.validate import TensorInfo
 from llmqat.config import QATConfig
 from llmqat.errors import CheckpointError
+from llmqat_kernels.spec.quantize import qmax
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -227,10 +228,10 @@ def decode_linear(
         scale = scale.squeeze(-1)
     codes = _decode_words(tensors, shape, where) if shape.packed else tensors["weight"]
     if not shape.packed:
-        qmax = 2 ** (shape.bits - 1) - 1
-        if codes.numel() and (int(codes.min()) < -qmax or int(codes.max()) > qmax):
+        limit = qmax(shape.bits)
+        if codes.numel() and (int(codes.min()) < -limit or int(codes.max()) > limit):
             raise CheckpointError(
-                f"{where}.weight: a code is outside [-{qmax}, {qmax}]; write the checkpoint again"
+                f"{where}.weight: a code is outside [-{limit}, {limit}]; write the checkpoint again"
             )
     return codes, scale
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import llmqat_kernels as qk
 from llmqat.nn import QATLinear
+from llmqat_kernels.spec.quantize import qmax
 
 __all__ = ["Count", "HealthMonitor", "clipped", "flipped", "saturated"]
 
@@ -50,8 +51,7 @@ def flipped(before: Tensor, after: Tensor) -> Count:
 
 def saturated(codes: Tensor, bits: int) -> Count:
     """Codes at either end of the range, `|code| == 2^(bits-1) - 1` (spec 1). int8 of any shape."""
-    qmax = 2 ** (bits - 1) - 1
-    return Count(int((codes.abs() == qmax).sum()), codes.numel())
+    return Count(int((codes.abs() == qmax(bits)).sum()), codes.numel())
 
 
 def clipped(x: Tensor, ste_clip: float) -> Count:
