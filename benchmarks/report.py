@@ -176,7 +176,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 def figures(results: Path) -> str:
     """README's table, and where it was measured."""
     lines = ["| figure | bar | measured | command |", "|---|---|---|---|"]
-    machines: dict[str, None] = {}
+    machines: dict[str, dict[str, None]] = {}
     for figure in FIGURE_LIST:
         path = results / f"{figure.file}.json"
         result = read_result(path)
@@ -191,10 +191,12 @@ def figures(results: Path) -> str:
             except KeyError as error:
                 raise DataError(f"{path}: has no {error}; measure again") from error
             if environment := result.get("environment"):
-                machines[_machine(environment)] = None
+                commits = machines.setdefault(_machine(environment), {})
+                commits[environment["commit"]] = None
         measured = text if met else f"{text}: bar missed"
         lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{command}` |")
-    where = f"\n\nMeasured on {'; '.join(machines)}." if machines else ""
+    places = (f"{machine}, commits {', '.join(c)}" for machine, c in machines.items())
+    where = f"\n\nMeasured on {'; '.join(places)}." if machines else ""
     return "\n".join(lines) + where
 
 
@@ -205,7 +207,6 @@ def _machine(environment: Mapping[str, Any]) -> str:
             ("processor", ""),
             ("isa", ""),
             ("torch", "torch "),
-            ("commit", "commit "),
             ("date", ""),
         )
         if environment.get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llmqat.demo.pipeline import Settings
@@ -13,6 +14,7 @@ from llmqat.io import atomic_path, write_json, write_text
 
 Results = dict[str, dict[str, Any]]
 BYTES_PER_BF16 = 2
+SMOOTHING = 16
 LINEAR_SUFFIXES = (".weight_packed", ".weight_scale", ".weight_shape")
 
 
@@ -184,9 +186,11 @@ def plot(report: dict[str, Any], folder: Path) -> None:
     with (folder / "qat" / "training_curve.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"]]
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(
-        [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], color="#48a"
-    )
+    steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+    means = [fmean(losses[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(losses))]
+    axes.plot(steps, losses, color="#bcd", label="one step (another text each time)")
+    axes.plot(steps, means, color="#48a", label=f"mean of the last {SMOOTHING} steps")
+    axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("distillation loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)

@@ -68,7 +68,7 @@ def test_measured_figures_and_a_missed_bar(results):
     assert table.count("bar missed") == 1 and table.count("not yet measured") == 0
     assert "0.80x (2x256 tokens; 0.90x over our own fused fake-quantizer) | `python -m" in table
     assert "bf16:" not in table
-    assert table.endswith("Measured on Some CPU, torch 2.13.0, commit abc.")
+    assert table.endswith("Measured on Some CPU, torch 2.13.0, commits abc.")
 
 
 def test_nothing_measured(tmp_path):
