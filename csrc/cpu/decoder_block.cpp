@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <type_traits>
 
 #include "activation.h"
 #include "matmul_cuts.h"
@@ -59,13 +58,6 @@ struct Buffers {
     gate_up = arena.take<T>(rows.n * mlp);
   }
 };
-
-template <class T>
-constexpr OutType out_type_of() {
-  return std::is_same_v<T, bf16>   ? OutType::bfloat16
-         : std::is_same_v<T, fp16> ? OutType::float16
-                                   : OutType::float32;
-}
 
 template <class T>
 class Runner {

@@ -8,12 +8,21 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "isa.h"
+#include "llmqat/quant_math.h"
 
 namespace llmqat::cpu {
 
 enum class OutType { int32, float32, bfloat16, float16 };
+
+template <class T>
+constexpr OutType out_type_of() {
+  return std::is_same_v<T, bf16>   ? OutType::bfloat16
+         : std::is_same_v<T, fp16> ? OutType::float16
+                                   : OutType::float32;
+}
 
 inline int64_t out_bytes(OutType type) {
   return type == OutType::bfloat16 || type == OutType::float16 ? 2 : 4;

@@ -18,8 +18,10 @@ from llmqat.models.families import find_family
 from llmqat.runtime.forward import Forward
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
-from llmqat.runtime.weights import extract
+from llmqat.runtime.screen import SCREEN_ROWS
+from llmqat.runtime.weights import can_screen, extract
 from llmqat_kernels import KVCache, current_backend
+from llmqat_kernels.dispatch import resolve
 from llmqat_kernels.errors import InvalidArgument
 
 DEFAULT_MAX_LEN = 2048
@@ -48,9 +50,13 @@ class Engine:
         head_bits: 16 keeps the head as it is; 8 quantizes it and its input to 8 bits (approximate:
             the method leaves the head alone).
         fuse: run neighbouring blocks as one native call where there is one; the same bits.
+        screen_head: keep an 8-bit screen beside a float head, so that greedy tokens read about half
+            of its bytes; the same tokens. None does so for heads of at least 8192 rows that can
+            have one: finite, without a bias, on the ``cpu`` backend.
 
     Raises:
-        ConfigError: an unsupported model or KV setting. InvalidArgument: sizes out of range.
+        ConfigError: an unsupported model or KV setting, or ``screen_head`` for a head that cannot
+            have a screen. InvalidArgument: sizes out of range.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Engine:
         weight_dtype: torch.dtype | None = None,
         head_bits: int = 16,
         fuse: bool = True,
+        screen_head: bool | None = None,
     ) -> None:
         if max_slots < 1:
             raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
@@ -81,6 +88,7 @@ class Engine:
                 dtype=self.dtype,
                 weight_dtype=weight_dtype,
                 head_bits=head_bits,
+                screen_head=_wants_screen(model, head_bits, screen_head),
             )
         weights, quantization = self.weights, self.weights.quantization
         self.device = weights.embedding.device
@@ -116,7 +124,7 @@ class Engine:
 
     @property
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of the weights by kind: linears, head, embedding, norms."""
+        """Bytes of the weights by kind: linears, head, embedding, norms, head screen."""
         return self.weights.nbytes()
 
     @property
@@ -168,13 +176,35 @@ class Engine:
         """Append ``tokens[i]`` to ``slots[i]``: logits [n, V] after the last of each. Errors as
         :meth:`prefill`.
         """
+        return self.forward.logits(self._append(slots, tokens))
+
+    @property
+    def screens(self) -> bool:
+        """Whether the head has a screen: :meth:`extend_greedy` runs."""
+        return self.weights.head_screen is not None
+
+    @torch.inference_mode()
+    def extend_greedy(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> list[int]:
+        """As :meth:`extend`, but the first index of each row's largest logit (spec 16; -1 where
+        there is none), without the logits.
+
+        Raises:
+            InvalidArgument: as :meth:`prefill`, and from an engine that does not screen its head.
+        """
+        if not self.screens:
+            raise InvalidArgument("screen_head: this engine has no screen of its head; use extend")
+        return self.forward.greedy(self._append(slots, tokens)).tolist()  # type: ignore[no-any-return]
+
+    def _append(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append ``tokens[i]`` to ``slots[i]``: the residual stream [n, H] of the last of each."""
         self._check_slots(slots)
         if len(slots) != len(tokens):
             raise InvalidArgument(
                 f"tokens: {len(tokens)} sequences for {len(slots)} slots; pass one per slot"
             )
         if not slots:
-            return torch.empty((0, self.vocab_size), dtype=self.dtype, device=self.device)
+            width = self.weights.embedding.shape[1]
+            return torch.empty((0, width), dtype=self.dtype, device=self.device)
         ids: list[int] = []
         row_slots: list[int] = []
         positions: list[int] = []
@@ -199,7 +229,7 @@ class Engine:
         hidden = self._passes(ids, row_slots, positions, last)
         for slot, new in zip(slots, tokens, strict=True):
             self._lengths[slot] += len(new)
-        return self.forward.logits(hidden)
+        return hidden
 
     def generate(
         self,
@@ -273,3 +303,18 @@ class Engine:
             for values in (ids, slots, positions)
         )
         return self.forward(ids_, slots_, positions_)
+
+
+def _wants_screen(model: nn.Module, head_bits: int, asked: bool | None) -> bool:
+    """Whether to make a screen of the head."""
+    if asked is False:
+        return False
+    head = model.lm_head
+    backend = resolve("float_matmul", head.weight.device.type, current_backend()).backend
+    large = asked or head.weight.shape[0] >= SCREEN_ROWS
+    possible = large and backend == "cpu" and can_screen(head, head_bits)
+    if asked and not possible:
+        raise ConfigError(
+            "screen_head: needs the cpu backend and a finite float head without bias; leave it out"
+        )
+    return possible

@@ -174,6 +174,12 @@ class Forward:
         normed = self.kernels.rms_norm(stream, self.weights.norm, self.weights.norm_eps)
         return self.linear(self.weights.head, normed)
 
+    def greedy(self, stream: Tensor) -> Tensor:
+        """The greedy token of every row (spec 16) by the head's screen: [n, H] -> int64 [n]."""
+        weights = self.weights
+        normed = self.kernels.rms_norm(stream, weights.norm, weights.norm_eps)
+        return weights.head_screen.greedy(normed, weights.head.weight)  # type: ignore[union-attr]
+
     def integer(self, linear: FusedLinear, codes: Tensor, scale: Tensor) -> Tensor:
         """The integer product of spec 7 on codes int8 [n, K] and scales [n]."""
         return self.kernels.repacked_matmul(  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -113,11 +113,7 @@ def run_requests(
             return
         slots = list(active)
         rows = [active[slot] for slot in slots]
-        logits = engine.extend(slots, [row.fresh for row in rows])
-        greedy = [len(row.tokens) - len(row.request.prompt) < row.request.n_greedy for row in rows]
-        chosen = sampler(
-            logits, [row.request.record for row in rows], [len(row.tokens) for row in rows], greedy
-        )
+        chosen = _step(engine, sampler, slots, rows)
         if on_step is not None:
             on_step(len(chosen))
         for slot, row, token in zip(slots, rows, chosen, strict=True):
@@ -130,6 +126,19 @@ def run_requests(
                 ended.append(Completion(row.request, row.tokens, reason))
         if ended:
             yield ended
+
+
+def _step(engine: Engine, sampler: Sampler, slots: list[int], rows: Sequence[_Active]) -> list[int]:
+    """The next token of each row; the logits are formed only where a row draws from them."""
+    fresh = [row.fresh for row in rows]
+    greedy = [
+        sampler.sampling.greedy or len(row.tokens) - len(row.request.prompt) < row.request.n_greedy
+        for row in rows
+    ]
+    if engine.screens and all(greedy):
+        return engine.extend_greedy(slots, fresh)
+    records, steps = [row.request.record for row in rows], [len(row.tokens) for row in rows]
+    return sampler(engine.extend(slots, fresh), records, steps, greedy)
 
 
 def _check(request: Request, max_len: int) -> None:

@@ -18,6 +18,7 @@ from llmqat.config import QATConfig, QuantSpec
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_blocks
 from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.runtime.screen import HeadScreen, make_screen
 from llmqat.state import state_of
 from llmqat_kernels.errors import InvalidArgument
 
@@ -92,6 +93,7 @@ class ModelWeights:
     norm: Tensor
     norm_eps: float
     head: FusedLinear
+    head_screen: HeadScreen | None
     cos: Tensor
     sin: Tensor
     heads: int
@@ -109,12 +111,14 @@ class ModelWeights:
             sum(block.input_norm.nbytes + block.post_norm.nbytes for block in self.blocks)
             + self.norm.nbytes
         )
-        return {
+        screen = self.head_screen
+        sizes = {
             "linears": linears,
             "head": self.head.nbytes,
             "embedding": self.embedding.nbytes,
             "norms": norms,
         }
+        return sizes if screen is None else sizes | {"head screen": screen.nbytes}
 
 
 def narrow(weight: Tensor) -> Tensor:
@@ -170,10 +174,15 @@ def _read(module: nn.Module, dtype: torch.dtype) -> _Source:
     return _Source(None, None, module.weight.detach(), bias, OFF, 16)
 
 
+def _stored(weight: Tensor, weight_dtype: torch.dtype | None) -> Tensor:
+    """A float weight as the engine keeps it."""
+    return narrow(weight) if weight_dtype is None else weight.to(weight_dtype)
+
+
 def _float_linear(
     weight: Tensor, bias: Tensor | None, a_bits: int, weight_dtype: torch.dtype | None
 ) -> FusedLinear:
-    stored = narrow(weight) if weight_dtype is None else weight.to(weight_dtype)
+    stored = _stored(weight, weight_dtype)
     if stored.dtype == torch.float16:  # no layout of its own; every fp16 value is an fp32 value
         stored = stored.to(torch.float32)
     layout = qk.repack_weight(stored.contiguous(), 16)
@@ -250,6 +259,18 @@ def _head(
     return FusedLinear(layout, scale, None if bias is None else bias.detach(), len(codes), 8, 8, -1)
 
 
+def can_screen(head: nn.Module, head_bits: int) -> bool:
+    """Whether the engine runs this head as a plain float product, and its values are finite: what a
+    :class:`HeadScreen` needs.
+    """
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and head_bits in (16, 32)
+        and bool(head.weight.isfinite().all())
+    )
+
+
 def extract(
     model: nn.Module,
     *,
@@ -257,6 +278,7 @@ def extract(
     dtype: torch.dtype,
     weight_dtype: torch.dtype | None = None,
     head_bits: int = 16,
+    screen_head: bool = False,
 ) -> ModelWeights:
     """Read a LLaMA-family model of transformers, plain, prepared or converted.
 
@@ -266,6 +288,7 @@ def extract(
         weight_dtype: storage of float weights (embedding, head and unquantized linears); None keeps
             the model's own, as bf16 where that is lossless.
         head_bits: 16, or 8 for a head of 8-bit codes that takes 8-bit input.
+        screen_head: make a screen of a head for which :func:`can_screen` holds.
 
     Raises:
         ConfigError: an architecture or layer the engine cannot run. InvalidArgument: ``max_len``.
@@ -305,11 +328,16 @@ def extract(
     cos, sin = rotary_tables(base.rotary_emb, max_len, device)
     embedding = base.embed_tokens.weight.detach()
     return ModelWeights(
-        embedding=narrow(embedding) if weight_dtype is None else embedding.to(weight_dtype),
+        embedding=_stored(embedding, weight_dtype),
         blocks=tuple(blocks),
         norm=base.norm.weight.detach(),
         norm_eps=base.norm.variance_epsilon,
         head=_head(model.lm_head, head_bits, dtype, weight_dtype),
+        head_screen=(
+            make_screen(_stored(model.lm_head.weight.detach(), weight_dtype))
+            if screen_head
+            else None
+        ),
         cos=cos,
         sin=sin,
         heads=config.num_attention_heads,

@@ -19,7 +19,7 @@ OPS = torch.ops.llmqat_cpu
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY_OPS = {"build_info", "get_isa", "set_isa", "detected_isa"}
 # Steps from which Python puts an operator of schemas.py together; not public.
-INNER_OPS = {"soft_cross_entropy", "decoder_blocks"}
+INNER_OPS = {"soft_cross_entropy", "decoder_blocks", "screened_argmax"}
 # One value, primes, and every vector width (8, 16, 32, 64) with its neighbours.
 LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 1031)
 

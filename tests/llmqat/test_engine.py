@@ -224,6 +224,63 @@ def test_eight_bit_head(backend):
     assert 0 < (a - b).abs().max() < 0.1 * a.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "setting,fields", [("4-8-4", {}), ("8-8-8", {"tied": True}), ("16-16-16", {})]
+)
+def test_screened_head_gives_the_same_tokens(setting, fields, dtype):
+    if not native.is_available():
+        pytest.skip(native.why_not())
+    model = quantized(tiny_llama(23, vocab=2000, **fields), setting).to(dtype)
+    plain, screened = (
+        Engine(model, max_slots=3, max_len=48, screen_head=screen) for screen in (None, True)
+    )
+    assert not plain.screens and "head screen" not in plain.weight_bytes
+    assert screened.screens and screened.weight_bytes["head screen"] > 2000 * 64
+    prompts = random_tokens(24, 5, 6, 2000).tolist()
+    assert [d.tokens for d in screened.generate(prompts, 40)] == [
+        d.tokens for d in plain.generate(prompts, 40)
+    ]
+    requests = [Request(i, tuple(prompt), 40, n_greedy=3 * i) for i, prompt in enumerate(prompts)]
+    mixed, expected = (  # some steps greedy, some drawn, some both
+        sorted((d.request.record, tuple(d.tokens)) for step in steps for d in step)
+        for steps in (run_requests(e, requests, Sampling(seed=1)) for e in (screened, plain))
+    )
+    assert mixed == expected
+
+
+def test_screen_only_where_it_can_be():
+    if not native.is_available():
+        pytest.skip(native.why_not())
+    large = tiny_llama(25, vocab=8192, layers=1)
+    assert Engine(large, max_len=8).screens
+    assert not Engine(large, max_len=8, screen_head=False).screens
+    assert not Engine(large, max_len=8, head_bits=8).screens
+    with qk.use_backend("reference"):
+        assert not Engine(large, max_len=8).screens
+        with pytest.raises(ConfigError, match="screen_head: needs the cpu backend"):
+            Engine(large, max_len=8, screen_head=True)
+    with pytest.raises(ConfigError, match="screen_head: needs the cpu backend"):
+        Engine(large, max_len=8, screen_head=True, head_bits=8)
+    with pytest.raises(qk.InvalidArgument, match="no screen of its head"):
+        Engine(large, max_len=8, screen_head=False).extend_greedy([0], [[1]])
+    assert Engine(large, max_len=8).extend_greedy([], []) == []
+    with torch.no_grad():
+        large.lm_head.weight[5, 5] = float("nan")
+    assert not Engine(large, max_len=8).screens
+
+
+def test_screened_engine_ends_a_sequence_without_logits():
+    if not native.is_available():
+        pytest.skip(native.why_not())
+    model = tiny_llama(18)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    engine = Engine(model, max_slots=2, max_len=16, screen_head=True)
+    done = engine.generate([[1, 7], [1, 2]], 4)
+    assert done[0].finish_reason == "error" and done[0].new_tokens == []
+
+
 def test_long_prompts_run_in_passes(backend, monkeypatch):
     model = tiny_llama(12)
     prompts = [random_tokens(1, 1, 9)[0].tolist(), random_tokens(2, 1, 5)[0].tolist()]
