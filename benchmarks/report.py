@@ -124,7 +124,7 @@ FIGURE_LIST = (
     ),
     Figure("`make demo`, two cores", "<= 12 min", "demo", "make demo", _demo_time),
     Figure(
-        "Packed W4A8KV8 decode on CPU, batch 1, one thread, over `transformers`",
+        "Packed W4A8KV8 greedy decode on CPU, batch 1, one thread, over `transformers`",
         ">= 6x",
         "decode",
         DECODE,
