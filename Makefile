@@ -8,6 +8,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
 	print(*p['project']['optional-dependencies']['cuda-build'])
 
+CSRC := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+# Pickle and remote code (a checkpoint must not run anything), and compiler modes that change numbers.
+BANNED := '\btorch\.load\(|allow_pickle|trust_remote_code=True|use_fast_math|-ffast-math|ATen/cuda|yaml\.load\('
 NEWEST_TESTS := $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
 
 .PHONY: help venv demo test test-slow test-newest test-gpu lint format bench clean
@@ -42,11 +45,14 @@ test-newest: venv  ## the tests that touch transformers, on its newest release
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6"
 	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(NEWEST_TESTS)
 
-lint: venv  ## ruff and mypy
+lint: venv  ## ruff, mypy, clang-format, and calls that must not appear
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	! grep -rnE --include=*.py --include=*.cpp --include=*.cu --include=*.h --include=*.cuh $(BANNED) \
+		llmqat llmqat_kernels csrc setup.py
 
 format: venv  ## rewrite the sources in the house style
-	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CSRC)
 
 bench: venv  ## the CPU benchmarks behind the tables of the README
 	$(BIN)/python -m benchmarks.run

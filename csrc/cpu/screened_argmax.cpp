@@ -193,8 +193,8 @@ class Logits {
 
   int64_t best_of_all() const {
     run_parallel(parallel_, matmul_, 1, panel_bytes_);
-    const SampleRow greedy{.record = 0, .step = 0, .seed = 0, .temperature = 1.0f, .top_k = 0,
-                           .greedy = true};
+    const SampleRow greedy{
+        .record = 0, .step = 0, .seed = 0, .temperature = 1.0f, .top_k = 0, .greedy = true};
     return sample_row(out_, n_, greedy, t_maxima.get(sample_scratch(n_)));
   }
 
@@ -237,13 +237,10 @@ void screened_argmax(const Parallel& parallel, const ScreenedHead& head, const T
                                   head.scale, -1, nullptr, OutType::float32, approx});
     run_parallel(parallel, matmul, 2 * count, panel_bytes(Layout::panels8, k));
     for (int64_t r = 0; r < count; ++r) {
-      const ScreenRow screened{approx + 2 * r * n,
-                               approx + (2 * r + 1) * n,
-                               head.row_norms,
-                               head.error_norms,
-                               static_cast<float>(splits[r].a),
-                               static_cast<float>(splits[r].b),
-                               kUnderflow};
+      const ScreenRow screened{
+          approx + 2 * r * n, approx + (2 * r + 1) * n,        head.row_norms,
+          head.error_norms,   static_cast<float>(splits[r].a), static_cast<float>(splits[r].b),
+          kUnderflow};
       const Logits<T> exact(parallel, head, x + r * k, logits);
       int64_t token = -1;
       if (find_candidates<T>(parallel, screened, n, splits[r].size, found)) {
@@ -255,7 +252,7 @@ void screened_argmax(const Parallel& parallel, const ScreenedHead& head, const T
   }
 }
 
-#define LLMQAT_INSTANTIATE(T)                                                             \
+#define LLMQAT_INSTANTIATE(T)                                                               \
   template void screened_argmax<T>(const Parallel&, const ScreenedHead&, const T*, int64_t, \
                                    int64_t*, int64_t*);
 LLMQAT_INSTANTIATE(float)
