@@ -9,8 +9,15 @@ Python:
 
 from __future__ import annotations
 
+import os as _os
+import sys as _sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# As in llmqat_kernels (which loads torch, so it cannot be asked here): OpenMP's waiting policy is
+# read when torch loads.
+if "torch" not in _sys.modules:
+    _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from .checkpoint import from_pretrained, save_pretrained
@@ -50,11 +57,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'llmqat' has no attribute {name!r}")
-    # `convert` is a function and the name of its module: the import below binds the module, so the
-    # function is stored over it.
-    value = getattr(import_module(f"llmqat.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    home = _HOMES[name]
+    module = import_module(f"llmqat.{home}")
+    # All names of the home at once: importing `llmqat.convert` has just bound the module to the
+    # name of its function.
+    globals().update({n: getattr(module, n) for n, place in _HOMES.items() if place == home})
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -96,8 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    import llmqat_kernels  # noqa: F401 - first: it sets passive OpenMP waiting before torch loads
-
     try:
         module = import_module(f"llmqat.commands.{command.replace('-', '_')}")
         status = module.run(*parse_arguments(command, module.ARGUMENTS, rest))
