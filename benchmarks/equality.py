@@ -37,7 +37,8 @@ def differences(actual: Tensor, expected: Tensor) -> int:
 
 
 def compare_rows(x: Tensor, bits: int, count: Counter[str]) -> None:
-    """quantize, dequantize and (4 bit) packing of the rows of ``x``."""
+    """quantize, dequantize and (4 bit) packing of the rows of ``x``, scales in fp32 and in bf16."""
+    count["elements"] += x.numel()
     for bf16_scale in (False, True):
         want_codes, want_scale = rows.quantize(x, bits, -1, bf16_scale)
         codes, scale = ops.quantize(x, bits, -1, bf16_scale)
@@ -45,7 +46,6 @@ def compare_rows(x: Tensor, bits: int, count: Counter[str]) -> None:
         count["scales"] += differences(scale, want_scale)
         want = rows.dequantize(want_codes, want_scale, -1, x.dtype)
         count["dequantized"] += differences(ops.dequantize(codes, scale, -1, x.dtype), want)
-        count["elements"] += x.numel()
         if bits == 4:
             count["packed bytes"] += differences(ops.pack_int4(codes), int4.pack_int4(want_codes))
 
