@@ -54,7 +54,7 @@ lint: venv  ## ruff, mypy, clang-format, and calls that must not appear
 format: venv  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/clang-format -i $(CSRC)
 
-bench: venv  ## the CPU benchmarks behind the tables of the README
+bench: venv  ## every operator on this CPU against what one would use instead
 	$(BIN)/python -m benchmarks.run
 
 clean:  ## remove build products

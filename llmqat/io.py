@@ -83,8 +83,6 @@ def make_dir(folder: StrPath) -> Path:
         path.mkdir(exist_ok=True)
         fsync_dir(path.parent)
     except OSError as error:
-        if error.filename is not None:
-            raise
         raise error_at(error, path, "cannot make the folder") from error
     return path
 

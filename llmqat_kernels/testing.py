@@ -4,7 +4,6 @@ kernels.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 
 import torch
@@ -96,8 +95,3 @@ def assert_within_ratio(
         raise AssertionError(
             f"error {error:.3g} exceeds {ratio} x baseline = {allowed:.3g} (+ {floor:.3g})"
         )
-
-
-def float_bits(value: float) -> int:
-    """The IEEE binary32 bits of ``value``, for hand-written expectations."""
-    return int(struct.unpack("<I", struct.pack("<f", value))[0])

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from kv_codes import quantize_kv
 from tiny import random_tokens, tiny_llama
 from transformers import StaticCache
 
 import llmqat_kernels as qk
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
-from llmqat.nn.kv_cache import quantize_kv
 
 MODES = ("paper", "serving")
 

@@ -1,4 +1,4 @@
-"""Keys and values of one token in the two modes of spec 9.
+"""The plain statement of the two KV modes of spec 9 that caches and attention are held against.
 
 `paper` quantizes the row of all KV heads of a token before RoPE; `serving` quantizes each head of a
 token after RoPE.
