@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TRANSFORMERS ?= 5.17.0
+TRITON ?= 3.6.0
 export OMP_WAIT_POLICY ?= PASSIVE
 # The packages of the extra `cuda-build`: nvcc for a machine that has none.
 CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
@@ -11,9 +12,9 @@ CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
 CSRC := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 # Pickle and remote code (a checkpoint must not run anything), and compiler modes that change numbers.
 BANNED := '\btorch\.load\(|allow_pickle|trust_remote_code=True|use_fast_math|-ffast-math|ATen/cuda|yaml\.load\('
-NEWEST_TESTS := $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
+NEWEST_TESTS := tests/triton $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
 
-.PHONY: help venv demo test test-slow test-newest test-gpu lint format bench clean
+.PHONY: help venv demo test test-slow test-newest test-gpu lint format bench bench-gpu kernels check-kernels tune clean
 
 help:    ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:    *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -23,7 +24,7 @@ venv: $(VENV)/.done  ## .venv with everything installed and the native library b
 # torch is pinned: an unpinned one pulls gigabytes of CUDA packages.
 $(VENV)/.done: pyproject.toml requirements-demo.txt setup.py $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0 transformers==$(TRANSFORMERS) "setuptools>=77" pybind11
+	$(BIN)/pip install --quiet torch==2.13.0 transformers==$(TRANSFORMERS) triton==$(TRITON) "setuptools>=77" pybind11
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-demo.txt
 	command -v nvcc >/dev/null || $(BIN)/python -c "$(CUDA_BUILD)" | xargs $(BIN)/pip install --quiet
 	LLMQAT_FORCE_BUILD=1 $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
@@ -35,14 +36,16 @@ demo: venv  ## the whole river on SmolLM2-135M; writes runs/demo/report.md
 test: venv  ## the tests that run anywhere
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
 
-test-gpu: venv  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu tests
+# test_compiled.py needs no device; four processes compile the kernels of the others side by side.
+test-gpu: venv  ## every Triton test and the others that need a CUDA device, compiled, in 10 minutes
+	TRITON_INTERPRET=0 timeout 600 $(BIN)/python -m pytest -n 4 --dist loadfile -m "(gpu or triton) and not slow" \
+		--ignore tests/triton/test_compiled.py tests
 
 test-slow: venv  ## real installations and other tests of more than 20 seconds
 	$(BIN)/python -m pytest -m "slow and not gpu" tests
 
-test-newest: venv  ## the tests that touch transformers, on its newest release
-	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6"
+test-newest: venv  ## the tests that touch transformers and triton, on their newest releases
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6" "triton>=$(TRITON)"
 	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(NEWEST_TESTS)
 
 lint: venv  ## ruff, mypy, clang-format, and calls that must not appear
@@ -56,6 +59,25 @@ format: venv  ## rewrite the sources in the house style
 
 bench: venv  ## every operator on this CPU against what one would use instead
 	$(BIN)/python -m benchmarks.run
+
+# The budgets are seconds, ten minutes in all; a part that fails does not keep the next from running.
+bench-gpu: venv  ## every operator and the training step on a GPU; writes benchmarks/results in 10 minutes
+	$(BIN)/python -c "from benchmarks.timing import require_device as need; need('cuda')"
+	status=0; \
+	$(BIN)/python -m benchmarks.run --device cuda --budget 300 || status=1; \
+	$(BIN)/python -m benchmarks.qat_slice --device cuda --budget 120 --save || status=1; \
+	$(BIN)/python -m benchmarks.equality --backend triton --device cuda --seconds 80 --save || status=1; \
+	$(BIN)/python -m benchmarks.report || status=1; \
+	exit $$status
+
+kernels: venv  ## compile every Triton kernel for sm_80 and sm_90 with no GPU; writes docs/kernels
+	$(BIN)/python -m benchmarks.kernel_report --save
+
+check-kernels: venv  ## the same, and fail if docs/kernels is not what it would write
+	$(BIN)/python -m benchmarks.kernel_report --check
+
+tune: venv  ## time the tiles of the Triton kernels on this GPU; writes its architecture's table
+	$(BIN)/python -m benchmarks.tune
 
 clean:  ## remove build products
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,6 +11,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_K = 131_071
 """Longest reduction whose int32 accumulator cannot overflow: 131071 * 127^2 < 2^31 (spec 7)."""
 
+MAX_INTEGER_GROUP_K = 38_342
+"""Longest reduction with integer group multipliers: 63 * 7 * 127 * 38342 < 2^31 (spec 18)."""
+
 
 def check_tensor(
     name: str, value: object, dtypes: tuple[torch.dtype, ...], min_dim: int = 1

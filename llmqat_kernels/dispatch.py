@@ -1,6 +1,6 @@
 """Which backend runs an operator: one table, no silent fallback.
 
-``auto`` prefers the device's native library and falls back to ``reference`` only with an
+``auto`` prefers the device's kernels and falls back to ``reference`` only with an
 announcement
 (once); a backend asked for by name that cannot run raises
 :class:`BackendUnavailable` with the reason. ``choices()`` is what ``llmqat info`` prints.
@@ -18,15 +18,17 @@ from typing import Any
 import torch
 
 from . import native
+from .backends import triton
+from .backends.composite import COMPOSITES
 from .backends.reference import REFERENCE
 from .errors import BackendUnavailable, InvalidArgument
 from .schemas import SCHEMAS
 
 logger = logging.getLogger("llmqat_kernels")
 
-NATIVE_BACKEND = {"cpu": "cpu", "cuda": "cuda"}
-"""Device type -> the native backend whose namespace is ``llmqat_<backend>``."""
-BACKENDS = ("auto", "reference", "cpu", "cuda")
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""Device type -> the kernel backends that ``auto`` tries, best first."""
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 _requested = "auto"
 
@@ -47,7 +49,7 @@ class use_backend:
     block ends.
 
     Args:
-        name: ``auto``, ``reference``, ``cpu`` or ``cuda``.
+        name: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
     Raises:
         InvalidArgument: unknown name.
@@ -58,8 +60,8 @@ class use_backend:
         global _requested
         if name not in BACKENDS:
             raise InvalidArgument(f"backend: {name!r} is unknown; use one of {', '.join(BACKENDS)}")
-        if name in NATIVE_BACKEND.values() and not native.is_available():
-            raise BackendUnavailable(f"backend {name!r} is not available: {native.why_not()}")
+        if reason := _why_not(name):
+            raise BackendUnavailable(f"backend {name!r} is not available: {reason}")
         self._previous = _requested
         _requested = name
 
@@ -81,10 +83,25 @@ def current_backend() -> str:
     return _requested
 
 
-def _native_kernel(backend: str, op: str) -> tuple[Callable[..., Any] | None, str]:
-    """The native kernel of ``op`` or None, with the reason."""
-    if not native.is_available():
-        return None, native.why_not()
+def _why_not(backend: str) -> str:
+    """Why a kernel backend cannot run at all; an empty string if it can."""
+    if backend in ("cpu", "cuda"):
+        return "" if native.is_available() else native.why_not()
+    return triton.why_not() if backend == "triton" else ""
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    """The device types whose tensors a kernel backend reads."""
+    return triton.devices() if backend == "triton" else (backend,)
+
+
+def _own_kernel(backend: str, op: str) -> tuple[Callable[..., Any] | None, str]:
+    """The kernel that ``backend`` has for ``op`` or None, with the reason."""
+    if reason := _why_not(backend):
+        return None, reason
+    if backend == "triton":
+        kernel = triton.kernels().get(op)
+        return kernel, "Triton" if kernel else f"there is no Triton kernel for {op}"
     try:
         kernel = getattr(getattr(torch.ops, f"llmqat_{backend}"), op).default
     except AttributeError:
@@ -92,14 +109,24 @@ def _native_kernel(backend: str, op: str) -> tuple[Callable[..., Any] | None, st
     return kernel, f"native library, {native.isa()}" if backend == "cpu" else "native library"
 
 
+def _candidates(device_type: str, requested: str) -> tuple[str, ...]:
+    """Kernel backends to try, best first; BackendUnavailable if the named one is of another
+    device.
+    """
+    if requested == "reference":
+        return ()
+    if requested == "auto":
+        return PREFERENCE.get(device_type, ())
+    if device_type not in _devices(requested):
+        return ()
+    return (requested,)
+
+
 _announced: set[tuple[str, bool]] = set()
 
 
-def _announce_fallback(op: str, device_type: str, reason: str) -> None:
-    """Say once per device type that the library is missing, or once per operator that it has no
-    kernel.
-    """
-    available = native.is_available()
+def _announce_fallback(op: str, device_type: str, reason: str, available: bool) -> None:
+    """Say once per device type that it has no kernels, or once per operator that lacks one."""
     key = (f"{device_type}/{op}" if available else device_type, available)
     if key not in _announced:
         _announced.add(key)
@@ -112,28 +139,38 @@ def resolve(op: str, device_type: str, requested: str) -> Choice:
     """The backend for ``op`` on ``device_type`` under the request; announced once when it is a
     fallback.
     """
-    native_name = NATIVE_BACKEND.get(device_type)
-    if requested not in ("auto", "reference", native_name):
-        raise BackendUnavailable(
-            f"backend {requested!r} cannot run {op} on {device_type}; move the tensor or use 'auto'"
-        )
-    if requested == "reference" or native_name is None:
-        reason = "asked for" if requested == "reference" else f"no native backend for {device_type}"
+    candidates = _candidates(device_type, requested)
+    if not candidates:
+        if requested not in ("auto", "reference"):
+            raise BackendUnavailable(
+                f"backend {requested!r} cannot run {op} on {device_type}; move the tensor or use"
+                " 'auto'"
+            )
+        reason = "asked for" if requested == "reference" else f"no kernels for {device_type}"
         return Choice(op, device_type, "reference", reason, REFERENCE[op])
-    kernel, reason = _native_kernel(native_name, op)
-    if kernel is not None:
-        return Choice(op, device_type, native_name, reason, kernel)
+    reasons = []
+    for backend in candidates:
+        kernel, reason = _own_kernel(backend, op)
+        if kernel is not None:
+            return Choice(op, device_type, backend, reason, kernel)
+        reasons.append(reason)
+    usable = [backend for backend in candidates if not _why_not(backend)]
+    if usable and op in COMPOSITES:
+        reason = "composed of other operators or plain torch"
+        return Choice(op, device_type, usable[0], reason, COMPOSITES[op])
+    reason = "; ".join(dict.fromkeys(reasons))
     if requested != "auto":
         raise BackendUnavailable(f"backend {requested!r} cannot run {op}: {reason}")
-    _announce_fallback(op, device_type, reason)
+    _announce_fallback(op, device_type, reason, bool(usable))
     return Choice(op, device_type, "reference", reason, REFERENCE[op])
 
 
 def call(op: str, args: tuple[Any, ...]) -> Any:
     """Run ``op`` on the backend its first tensor and the current request select."""
     choice = resolve(op, args[0].device.type, _requested)
-    if choice.backend != "reference":
+    if isinstance(choice.kernel, torch._ops.OpOverload):
         return choice.kernel(*args)
+    # Operators have fixed dtypes: autocast must not reach the torch calls inside a backend.
     with torch.autocast(choice.device_type, enabled=False):
         return choice.kernel(*args)
 

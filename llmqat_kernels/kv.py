@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import FLOAT_DTYPES, check_shape, check_tensor
+from .checks import FLOAT_DTYPES, check_bits, check_shape, check_tensor
 from .errors import InvalidArgument
+from .functional.rows import check_clip
 
 ops = torch.ops.llmqat
 
@@ -88,6 +89,41 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     check_tensor("positions", positions, (torch.int64,))
     check_shape("positions", positions, (x.shape[0],))
     return ops.rope(x, cos, sin, positions)
+
+
+def rope_fake_quantize(
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    bits: int,
+    mode: str,
+    ste_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The training form of the cache: what attention would read of k, v [n, Hkv, D] (spec 9).
+
+    Args:
+        k, v: float, k before RoPE. cos, sin: tables [T, D / 2]. positions: int64 [n].
+        bits: 2..8, or 16 / 32 to rotate only. mode: ``paper`` or ``serving``.
+
+    Returns:
+        rotated, fake-quantized keys and fake-quantized values, differentiable in k and v
+        (straight through).
+    """
+    check_tensor("k", k, FLOAT_DTYPES, 3)
+    check_tensor("v", v, (k.dtype,), 3)
+    check_shape("v", v, tuple(k.shape))
+    check_tensor("positions", positions, (torch.int64,))
+    check_shape("positions", positions, (k.shape[0],))
+    check_bits("bits", bits, (16, 32))
+    if mode not in KV_MODES:
+        raise InvalidArgument(f"mode: {mode!r} is unknown; use one of {', '.join(KV_MODES)}")
+    keys, values = ops.rope_fake_quantize(
+        k, v, cos, sin, positions, bits, mode == "paper", check_clip(ste_clip)
+    )
+    return keys, values
 
 
 def rope_quantize_append(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import dispatch
 from .schemas import SCHEMAS
+from .spec.quantize import gradient_handle
 
 LIBRARY = torch.library.Library("llmqat", "DEF")
 
@@ -74,9 +75,44 @@ def _qat_linear(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, 
     return (x.new_empty((*x.shape[:-1], weight.shape[0])), *_codes_and_scale(x))
 
 
+def _qat_matmul(x: Tensor, a: Tensor, a_scale: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _qat_matmul_backward_input(grad: Tensor, w_codes: Tensor, *args: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], w_codes.shape[1]))
+
+
+def _qat_matmul_backward_weight(
+    grad: Tensor, a: Tensor, a_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return grad.new_empty((grad.shape[-1], a.shape[-1]), dtype=dtype)
+
+
+def _quantize_integer_groups(
+    x: Tensor, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale = _codes_and_scale(x)
+    return codes, x.new_empty(_scale_shape(x, group_size), dtype=torch.uint8), scale
+
+
+def _integer_group_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_multiplier: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=dtype)
+
+
 def _repack_weight(w: Tensor, w_bits: int) -> Tensor:
     choice = dispatch.resolve("repack_weight", w.device.type, dispatch.current_backend())
-    if choice.backend == "reference":
+    kept = choice.backend == "triton" and w.is_floating_point()
+    if choice.backend == "reference" or kept:
         return torch.empty(w.shape, dtype=w.dtype, device=w.device)
     size = torch.library.get_ctx().new_dynamic_size()
     return w.new_empty((size,), dtype=torch.uint8)
@@ -107,18 +143,50 @@ def _rms_norm_quantize(
     return (*_codes_and_scale(x), total)
 
 
+def _produced(x: Tensor, values: bool) -> Tensor:
+    return _like_first(x) if values else gradient_handle(x)
+
+
 def _rms_norm_quantize_train(
-    x: Tensor, weight: Tensor, eps: float, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (_like_first(x), *_codes_and_scale(x))
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    bits: int,
+    residual: Tensor | None = None,
+    values: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    codes, scale, total = _rms_norm_quantize(x, weight, eps, bits, residual)
+    return _produced(x, values), codes, scale, total
+
+
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _like_first(x), _like_first(weight)
 
 
 def _silu_mul_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return _codes_and_scale(gate)
 
 
-def _silu_mul_quantize_train(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    return (_like_first(gate), *_codes_and_scale(gate))
+def _silu_mul_quantize_train(
+    gate: Tensor, up: Tensor, bits: int, values: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (_produced(gate, values), *_codes_and_scale(gate))
+
+
+def _silu_mul_qat_matmul(
+    gate: Tensor, up: Tensor, a_bits: int, weight: Tensor, *args: Any
+) -> Tensor:
+    return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
+
+
+def _silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _like_first(gate), _like_first(up)
+
+
+def _rope_fake_quantize(k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _like_first(k), _like_first(v)
 
 
 def _nothing(*args: Any) -> None:
@@ -130,6 +198,10 @@ def _distillation_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = student_hidden.new_empty((), dtype=torch.float32)
     return loss, _like_first(student_hidden), _like_first(student_head)
+
+
+def _distillation_loss_logits(student_logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return student_logits.new_empty((), dtype=torch.float32), _like_first(student_logits)
 
 
 def _sample(logits: Tensor, *args: Any) -> Tensor:
@@ -147,19 +219,30 @@ FAKES: dict[str, Callable[..., Any]] = {
     "quantized_matmul": _quantized_matmul,
     "quantized_linear": _quantized_linear,
     "qat_linear": _qat_linear,
+    "qat_matmul": _qat_matmul,
+    "qat_matmul_backward_input": _qat_matmul_backward_input,
+    "qat_matmul_backward_weight": _qat_matmul_backward_weight,
+    "quantize_integer_groups": _quantize_integer_groups,
+    "integer_group_matmul": _integer_group_matmul,
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
     "float_matmul": _float_matmul,
     "rms_norm": _like_first,
     "rms_norm_quantize": _rms_norm_quantize,
     "rms_norm_quantize_train": _rms_norm_quantize_train,
+    "rms_norm_backward": _rms_norm_backward,
     "silu_mul": _like_first,
     "silu_mul_quantize": _silu_mul_quantize,
     "silu_mul_quantize_train": _silu_mul_quantize_train,
+    "silu_mul_qat_matmul": _silu_mul_qat_matmul,
+    "silu_mul_backward": _silu_mul_backward,
     "rope": _like_first,
+    "rope_fake_quantize": _rope_fake_quantize,
     "rope_quantize_append": _nothing,
     "attention_decode": _like_first,
     "distillation_loss": _distillation_loss,
+    "distillation_loss_logits": _distillation_loss_logits,
+    "distillation_loss_top_k": _distillation_loss,
     "sample": _sample,
 }
 

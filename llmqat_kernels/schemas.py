@@ -34,6 +34,17 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor weight, Tensor w_codes, Tensor w_scale, Tensor? bias, int a_bits,"
         " int group_size=-1, float? ste_clip=None) -> (Tensor, Tensor, Tensor)"
     ),
+    "qat_matmul": (
+        "(Tensor x, Tensor a, Tensor a_scale, Tensor weight, Tensor w_codes, Tensor w_scale, Tensor? w_multiplier,"
+        " Tensor? bias, int group_size=-1, float? ste_clip=None) -> Tensor"
+    ),
+    "qat_matmul_backward_input": "(Tensor grad, Tensor w_codes, Tensor w_scale, int group_size) -> Tensor",
+    "qat_matmul_backward_weight": "(Tensor grad, Tensor a, Tensor a_scale, ScalarType dtype) -> Tensor",
+    "quantize_integer_groups": "(Tensor x, int bits, int group_size) -> (Tensor, Tensor, Tensor)",
+    "integer_group_matmul": (
+        "(Tensor a, Tensor a_scale, Tensor w, Tensor w_multiplier, Tensor w_scale, Tensor? bias, int group_size,"
+        " ScalarType dtype) -> Tensor"
+    ),
     "repack_weight": "(Tensor w, int w_bits) -> Tensor",
     "repacked_matmul": (
         "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size,"
@@ -46,13 +57,28 @@ SCHEMAS: dict[str, str] = {
         "(Tensor x, Tensor weight, float eps, int bits, Tensor? residual=None) -> (Tensor, Tensor, Tensor)"
     ),
     "rms_norm_quantize_train": (
-        "(Tensor x, Tensor weight, float eps, int bits) -> (Tensor, Tensor, Tensor)"
+        "(Tensor x, Tensor weight, float eps, int bits, Tensor? residual=None, bool values=True)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "rms_norm_backward": (
+        "(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? grad_total=None) -> (Tensor, Tensor)"
     ),
     "silu_mul": "(Tensor gate, Tensor up) -> Tensor",
     "silu_mul_quantize": "(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor)",
-    "silu_mul_quantize_train": "(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor, Tensor)",
+    "silu_mul_quantize_train": (
+        "(Tensor gate, Tensor up, int bits, bool values=True) -> (Tensor, Tensor, Tensor)"
+    ),
+    "silu_mul_qat_matmul": (
+        "(Tensor gate, Tensor up, int a_bits, Tensor weight, Tensor w_codes, Tensor w_scale, Tensor? w_multiplier,"
+        " Tensor? bias, int group_size=-1, float? ste_clip=None) -> Tensor"
+    ),
+    "silu_mul_backward": "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     # attention
     "rope": "(Tensor x, Tensor cos, Tensor sin, Tensor positions) -> Tensor",
+    "rope_fake_quantize": (
+        "(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, int bits, bool pre_rope,"
+        " float? ste_clip=None) -> (Tensor, Tensor)"
+    ),
     "rope_quantize_append": (
         "(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_codes, Tensor(b!) k_scale,"
         " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor slots, Tensor positions, int bits, bool pre_rope) -> ()"
@@ -65,6 +91,13 @@ SCHEMAS: dict[str, str] = {
     "distillation_loss": (
         "(Tensor student_hidden, Tensor student_head, Tensor teacher_hidden, Tensor teacher_head,"
         " Tensor? valid=None, int chunk_size=1024) -> (Tensor, Tensor, Tensor)"
+    ),
+    "distillation_loss_logits": (
+        "(Tensor student_logits, Tensor teacher_logits, Tensor? valid=None, int chunk_size=1024) -> (Tensor, Tensor)"
+    ),
+    "distillation_loss_top_k": (
+        "(Tensor student_hidden, Tensor student_head, Tensor probabilities, Tensor tokens, Tensor? valid=None,"
+        " int chunk_size=1024) -> (Tensor, Tensor, Tensor)"
     ),
     "sample": (
         "(Tensor logits, Tensor record, Tensor step, Tensor greedy, int seed, float temperature=1.0, int top_k=0)"

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton reads it when a kernel is defined; `make test-gpu` sets 0 and runs the compiled kernels.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -10,20 +12,29 @@ import pytest
 import torch
 
 from llmqat_kernels import native, use_backend
+from llmqat_kernels.backends import triton
 
 torch.set_num_threads(1)
 
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", "cpu", "triton"]
+
+
+def select_backend(name):
+    """``use_backend(name)``; a backend that cannot run on CPU tensors is a skip that says why."""
+    if name == "cpu" and not native.is_available():
+        pytest.skip(f"cpu backend: {native.why_not()}")
+    if name == "triton" and "cpu" not in triton.devices():
+        pytest.skip("triton backend: TRITON_INTERPRET=0, so its kernels read CUDA tensors only")
+    if name == "triton" and triton.why_not():
+        pytest.skip(f"triton backend: {triton.why_not()}")
+    return use_backend(name)
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Every CPU-side backend in turn; a missing one is a skip that says why."""
-    name = request.param
-    if name == "cpu" and not native.is_available():
-        pytest.skip(f"cpu backend: {native.why_not()}")
-    with use_backend(name):
-        yield name
+    """Every backend in turn, on CPU tensors."""
+    with select_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512vnni"])

@@ -1,5 +1,4 @@
-// Producers of quantized rows: RMSNorm and SiLU * up, alone, fused with quantization, and for
-// training.
+// Producers of quantized rows: RMSNorm and SiLU * up, alone and fused with quantization.
 #include "cpu/norm.h"
 
 #include <tuple>
@@ -102,15 +101,6 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tens
   return {*out.codes, *out.scale, total ? *total : empty_cpu({0}, x.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize_train(const Tensor& x, const Tensor& weight,
-                                                           double eps, int64_t bits) {
-  check_norm(x, weight);
-  check_bits(bits, "bits");
-  const Outputs out = make_outputs(x, true, true);
-  run_norm(x, weight, eps, bits, std::nullopt, out);
-  return {*out.y, *out.codes, *out.scale};
-}
-
 void run_silu(const Tensor& gate_, const Tensor& up_, int64_t bits, const Outputs& out) {
   const Tensor gate = as_contiguous(gate_), up = as_contiguous(up_);
   const int64_t n = gate.size(gate.dim() - 1);
@@ -145,15 +135,6 @@ std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate, const Tensor& u
   return {*out.codes, *out.scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor> silu_mul_quantize_train(const Tensor& gate, const Tensor& up,
-                                                           int64_t bits) {
-  check_silu(gate, up);
-  check_bits(bits, "bits");
-  const Outputs out = make_outputs(gate, true, true);
-  run_silu(gate, up, bits, out);
-  return {*out.y, *out.codes, *out.scale};
-}
-
 }  // namespace
 }  // namespace llmqat::bindings
 
@@ -162,19 +143,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
   m.def(
       "rms_norm_quantize(Tensor x, Tensor weight, float eps, int bits, Tensor? residual=None)"
       " -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "rms_norm_quantize_train(Tensor x, Tensor weight, float eps, int bits) -> (Tensor, Tensor, "
-      "Tensor)");
   m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def("silu_mul_quantize(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor)");
-  m.def("silu_mul_quantize_train(Tensor gate, Tensor up, int bits) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&llmqat::bindings::rms_norm));
   m.impl("rms_norm_quantize", TORCH_BOX(&llmqat::bindings::rms_norm_quantize));
-  m.impl("rms_norm_quantize_train", TORCH_BOX(&llmqat::bindings::rms_norm_quantize_train));
   m.impl("silu_mul", TORCH_BOX(&llmqat::bindings::silu_mul));
   m.impl("silu_mul_quantize", TORCH_BOX(&llmqat::bindings::silu_mul_quantize));
-  m.impl("silu_mul_quantize_train", TORCH_BOX(&llmqat::bindings::silu_mul_quantize_train));
 }

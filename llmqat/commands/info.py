@@ -12,6 +12,7 @@ import torch
 
 import llmqat_kernels
 from llmqat_kernels import native
+from llmqat_kernels.backends import triton
 
 PACKAGES = (
     "llmqat",
@@ -57,6 +58,7 @@ def collect() -> dict[str, Any]:
             "isa": native.isa() if native.is_available() else None,
             "build": native.build_info(),
         },
+        "triton": {"available": not triton.why_not(), "reason": triton.why_not() or None},
         "operators": {
             device: {
                 c.op: {"backend": c.backend, "reason": c.reason}
@@ -76,6 +78,7 @@ def render(info: dict[str, Any]) -> str:
     library = info["native"]
     lines.append(f"native library: {library['isa'] or 'missing, ' + library['reason']}")
     lines += [f"  {key}: {value}" for key, value in library["build"].items()]
+    lines.append(f"triton kernels: {info['triton']['reason'] or 'ready'}")
     if not info["cuda_devices"]:
         lines.append("cuda: no device")
     for device, operators in info["operators"].items():

@@ -6,8 +6,14 @@ Shapes and formulas: ``docs/spec.md``.
 from __future__ import annotations
 
 from .. import autograd as autograd  # registers the backward formulas
-from .heads import distillation_loss, sample
-from .linears import float_matmul, qat_linear, quantized_linear, repack_weight, repacked_matmul
+from .heads import distillation_loss, distillation_loss_logits, distillation_loss_top_k, sample
+from .linears import (
+    float_matmul,
+    integer_group_matmul,
+    quantized_linear,
+    repack_weight,
+    repacked_matmul,
+)
 from .producers import (
     rms_norm,
     rms_norm_quantize,
@@ -16,16 +22,29 @@ from .producers import (
     silu_mul_quantize,
     silu_mul_quantize_train,
 )
-from .rows import dequantize, fake_quantize, pack_int4, quantize, unpack_int4
+from .qat import qat_linear, qat_matmul, silu_mul_qat_matmul
+from .rows import (
+    dequantize,
+    fake_quantize,
+    pack_int4,
+    quantize,
+    quantize_integer_groups,
+    unpack_int4,
+)
 
 __all__ = [
     "dequantize",
     "distillation_loss",
+    "distillation_loss_logits",
+    "distillation_loss_top_k",
     "fake_quantize",
     "float_matmul",
+    "integer_group_matmul",
     "pack_int4",
     "qat_linear",
+    "qat_matmul",
     "quantize",
+    "quantize_integer_groups",
     "quantized_linear",
     "repack_weight",
     "repacked_matmul",
@@ -34,6 +53,7 @@ __all__ = [
     "rms_norm_quantize_train",
     "sample",
     "silu_mul",
+    "silu_mul_qat_matmul",
     "silu_mul_quantize",
     "silu_mul_quantize_train",
     "unpack_int4",

@@ -19,6 +19,7 @@ def distillation_loss(
     *,
     valid: Tensor | None = None,
     chunk_size: int = 1024,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Soft cross entropy of teacher against student logits, [tokens, vocab] never stored (spec 10;
     LLM-QAT Eq. 4).
@@ -29,6 +30,7 @@ def distillation_loss(
         student_head, teacher_head: [V, H], [V, H'].
         valid: bool [...] of tokens that count, or None for all.
         chunk_size: tokens whose logits exist at one time.
+        vocab_size: only the first rows of both heads, where they are padded; None for all.
 
     Returns:
         fp32 scalar, mean over valid tokens; differentiable in the student's hidden states and head.
@@ -42,23 +44,169 @@ def distillation_loss(
         raise InvalidArgument(
             f"teacher_hidden: expected tokens {tokens}, got {tuple(teacher_hidden.shape[:-1])}"
         )
+    student_head = _real_rows("student_head", student_head, vocab_size)
+    teacher_head = _real_rows("teacher_head", teacher_head, vocab_size)
     vocab = student_head.shape[0]
-    check_shape("student_head", student_head, (vocab, student_hidden.shape[-1]))
-    check_shape("teacher_head", teacher_head, (vocab, teacher_hidden.shape[-1]))
-    if valid is not None:
-        check_tensor("valid", valid, (torch.bool,))
-        check_shape("valid", valid, tokens)
-        valid = valid.reshape(-1)
-    if chunk_size < 1:
-        raise InvalidArgument(f"chunk_size: {chunk_size} must be at least 1")
+    _check_head("student", student_head, student_hidden, vocab)
+    _check_head("teacher", teacher_head, teacher_hidden, vocab)
+    valid = _flat_valid(valid, tokens)
+    _check_chunk_size(chunk_size)
     check_same_device(
-        student_hidden=student_hidden, teacher_hidden=teacher_hidden, student_head=student_head
+        student_hidden=student_hidden,
+        student_head=student_head,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+        valid=valid,
     )
     loss, _, _ = ops.distillation_loss(
-        student_hidden.reshape(-1, student_hidden.shape[-1]),
+        _valid_rows(student_hidden, valid),
         student_head,
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_head.detach(),
+        valid,
+        chunk_size,
+    )
+    return loss
+
+
+def _real_rows(name: str, head: Tensor, vocab_size: int | None) -> Tensor:
+    if vocab_size is None:
+        return head
+    if not 1 <= vocab_size <= head.shape[0]:
+        raise InvalidArgument(
+            f"vocab_size: {vocab_size} must be 1..{head.shape[0]}, the rows of {name}"
+        )
+    return head[:vocab_size]
+
+
+def _check_head(who: str, head: Tensor, hidden: Tensor, vocab: int) -> None:
+    """``head`` must be [vocab, H] for ``hidden`` [..., H], in one dtype and not empty."""
+    check_shape(f"{who}_head", head, (vocab, hidden.shape[-1]))
+    if vocab == 0:
+        raise InvalidArgument(f"{who}_head: the vocabulary is empty")
+    if head.dtype != hidden.dtype:
+        raise InvalidArgumentType(
+            f"{who}_head: dtype {head.dtype} is not {who}_hidden's {hidden.dtype}; cast one of them"
+        )
+
+
+def _valid_rows(hidden: Tensor, valid: Tensor | None) -> Tensor:
+    """``hidden`` as [tokens, H], with zeros in the rows that do not count.
+
+    Their gradient is 0, but 0 * NaN would reach the head's: a fully masked attention row may leave
+    NaN in a padded token.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows if valid is None else rows.masked_fill(~valid.unsqueeze(-1), 0.0)
+
+
+def _flat_valid(valid: Tensor | None, tokens: tuple[int, ...]) -> Tensor | None:
+    if valid is None:
+        return None
+    check_tensor("valid", valid, (torch.bool,))
+    check_shape("valid", valid, tokens)
+    return valid.reshape(-1)
+
+
+def _check_chunk_size(chunk_size: int) -> None:
+    if chunk_size < 1:
+        raise InvalidArgument(f"chunk_size: {chunk_size} must be at least 1")
+
+
+def distillation_loss_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    valid: Tensor | None = None,
+    chunk_size: int = 1024,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """:func:`distillation_loss` of logits that exist already (spec 10).
+
+    Args:
+        student_logits, teacher_logits: float [..., V], same tokens.
+        valid: bool [...] of tokens that count, or None for all.
+        chunk_size: tokens whose fp32 logits exist at one time.
+        vocab_size: only the first columns of both, where they are padded; None for all.
+
+    Returns:
+        fp32 scalar, mean over valid tokens; differentiable in the student's logits.
+    """
+    check_tensor("student_logits", student_logits, FLOAT_DTYPES, 2)
+    check_tensor("teacher_logits", teacher_logits, FLOAT_DTYPES, 2)
+    student_logits = _real_columns("student_logits", student_logits, vocab_size)
+    teacher_logits = _real_columns("teacher_logits", teacher_logits, vocab_size)
+    check_shape("teacher_logits", teacher_logits, tuple(student_logits.shape))
+    if student_logits.shape[-1] == 0:
+        raise InvalidArgument("student_logits: the vocabulary is empty")
+    valid = _flat_valid(valid, tuple(student_logits.shape[:-1]))
+    _check_chunk_size(chunk_size)
+    check_same_device(student_logits=student_logits, teacher_logits=teacher_logits, valid=valid)
+    vocab = student_logits.shape[-1]
+    loss, _ = ops.distillation_loss_logits(
+        student_logits.reshape(-1, vocab),
+        teacher_logits.detach().reshape(-1, vocab),
+        valid,
+        chunk_size,
+    )
+    return loss
+
+
+def _real_columns(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
+    if vocab_size is None:
+        return logits
+    if not 1 <= vocab_size <= logits.shape[-1]:
+        raise InvalidArgument(
+            f"vocab_size: {vocab_size} must be 1..{logits.shape[-1]}, the columns of {name}"
+        )
+    return logits[..., :vocab_size]
+
+
+def distillation_loss_top_k(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    probabilities: Tensor,
+    tokens: Tensor,
+    *,
+    valid: Tensor | None = None,
+    chunk_size: int = 1024,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """:func:`distillation_loss` against stored teacher probabilities, with no teacher (spec 10).
+
+    Args:
+        student_hidden: float [..., H]. student_head: [V, H].
+        probabilities: float [..., k] of the entries ``tokens`` int64 [..., k], distinct in a row
+            where the probability is not 0; all others count as 0, and a row need not sum to 1.
+        valid, chunk_size, vocab_size: as in :func:`distillation_loss`.
+
+    Returns:
+        fp32 scalar, mean over valid tokens; differentiable in the student's hidden states and head.
+    """
+    check_tensor("student_hidden", student_hidden, FLOAT_DTYPES, 2)
+    check_tensor("student_head", student_head, FLOAT_DTYPES, 2)
+    check_tensor("probabilities", probabilities, FLOAT_DTYPES, 2)
+    check_tensor("tokens", tokens, (torch.int64,), 2)
+    student_head = _real_rows("student_head", student_head, vocab_size)
+    rows = tuple(student_hidden.shape[:-1])
+    k = probabilities.shape[-1]
+    _check_head("student", student_head, student_hidden, student_head.shape[0])
+    check_shape("probabilities", probabilities, (*rows, k))
+    check_shape("tokens", tokens, (*rows, k))
+    valid = _flat_valid(valid, rows)
+    _check_chunk_size(chunk_size)
+    check_same_device(
+        student_hidden=student_hidden,
+        student_head=student_head,
+        probabilities=probabilities,
+        tokens=tokens,
+        valid=valid,
+    )
+    loss, _, _ = ops.distillation_loss_top_k(
+        _valid_rows(student_hidden, valid),
+        student_head,
+        probabilities.detach().reshape(-1, k),
+        tokens.reshape(-1, k),
         valid,
         chunk_size,
     )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import (
     FLOAT_DTYPES,
+    MAX_INTEGER_GROUP_K,
     check_bits,
     check_group_size,
     check_same_device,
@@ -16,12 +17,12 @@ from ..checks import (
     scale_shape,
 )
 from ..errors import InvalidArgument
-from .rows import check_clip, quantize
 
 ops = torch.ops.llmqat
 
 
-def _check_bias(bias: Tensor | None, n: int) -> None:
+def check_bias(bias: Tensor | None, n: int) -> None:
+    """``bias`` must be float [n] or None."""
     if bias is not None:
         check_tensor("bias", bias, FLOAT_DTYPES)
         check_shape("bias", bias, (n,))
@@ -53,54 +54,54 @@ def quantized_linear(
     check_bits("w_bits", w_bits)
     check_bits("a_bits", a_bits, (16, 32))
     check_weight(w, w_scale, x.shape[-1], w_bits, group_size)
-    _check_bias(bias, w.shape[0])
+    check_bias(bias, w.shape[0])
     check_same_device(x=x, w=w, w_scale=w_scale, bias=bias)
     return ops.quantized_linear(x, w, w_scale, bias, w_bits, a_bits, group_size)
 
 
-def qat_linear(
-    x: Tensor,
-    weight: Tensor,
+def check_integer_groups(
+    w: Tensor, multiplier: Tensor, scale: Tensor, k: int, group_size: int
+) -> None:
+    """Weight codes of at most 4 bits with multipliers [N, groups] and scales [N] (spec 18)."""
+    check_weight(w, scale, k, 4 if w.dtype == torch.uint8 else 8, -1)
+    check_tensor("w_multiplier", multiplier, (torch.uint8,), 2)
+    check_group_size(k, group_size)
+    check_shape("w_multiplier", multiplier, scale_shape((w.shape[0],), k, group_size))
+    if k > MAX_INTEGER_GROUP_K:
+        raise InvalidArgument(
+            f"a: {k} features exceed {MAX_INTEGER_GROUP_K}, the longest exact sum of integer groups"
+            " of 4-bit weights; use float group scales"
+        )
+
+
+def integer_group_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_multiplier: Tensor,
+    w_scale: Tensor,
     bias: Tensor | None = None,
     *,
-    w_bits: int,
-    a_bits: int,
-    group_size: int = -1,
-    ste_clip: float | None = None,
-    scale_dtype: torch.dtype = torch.bfloat16,
-    w_codes: Tensor | None = None,
-    w_scale: Tensor | None = None,
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Training linear: integer forward, straight-through backward, saves int8 codes and scales
-    only (spec 7).
+    """Codes times weights of at most 4 bits with integer group scales: one int32 sum a result (spec
+    18).
 
     Args:
-        x: float [..., K]. weight: float [N, K], the trained parameter. bias: float [N] or None.
-        w_bits, a_bits: 2..8.
-        w_codes, w_scale: ``quantize(weight, w_bits, ...)`` computed before, to reuse it; both or
-        neither.
+        a: int8 [..., K]. a_scale: fp32 [...].
+        w: int8 codes [N, K] or packed uint8, of :func:`quantize_integer_groups`.
+        w_multiplier: uint8 [N, K / group_size]. w_scale: fp32 [N].
 
     Returns:
-        [..., N] in x's dtype.
+        [..., N] in ``dtype``.
     """
-    check_tensor("x", x, FLOAT_DTYPES)
-    check_tensor("weight", weight, FLOAT_DTYPES, 2)
-    check_bits("a_bits", a_bits)
-    if (w_codes is None) != (w_scale is None):
-        raise InvalidArgument("w_codes, w_scale: pass both or neither")
-    if w_codes is None or w_scale is None:
-        w_codes, w_scale = quantize(
-            weight.detach(), w_bits, group_size=group_size, scale_dtype=scale_dtype
-        )
-    check_bits("w_bits", w_bits)
-    check_weight(w_codes, w_scale, x.shape[-1], w_bits, group_size)
-    check_shape("weight", weight, (w_codes.shape[0], x.shape[-1]))
-    _check_bias(bias, weight.shape[0])
-    check_same_device(x=x, weight=weight, w_codes=w_codes, w_scale=w_scale, bias=bias)
-    y, _, _ = ops.qat_linear(
-        x, weight, w_codes, w_scale, bias, a_bits, group_size, check_clip(ste_clip)
-    )
-    return y
+    check_tensor("a", a, (torch.int8,))
+    check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
+    check_integer_groups(w, w_multiplier, w_scale, a.shape[-1], group_size)
+    check_bias(bias, w.shape[0])
+    check_same_device(a=a, w=w, w_multiplier=w_multiplier, w_scale=w_scale, bias=bias)
+    return ops.integer_group_matmul(a, a_scale, w, w_multiplier, w_scale, bias, group_size, dtype)
 
 
 def repack_weight(w: Tensor, w_bits: int) -> Tensor:
@@ -136,7 +137,7 @@ def repacked_matmul(
     check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
     check_group_size(a.shape[-1], group_size)
     check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
-    _check_bias(bias, n)
+    check_bias(bias, n)
     return ops.repacked_matmul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
 
 
@@ -145,5 +146,5 @@ def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) ->
     result does not
     depend on the other rows (spec 17)."""
     check_tensor("x", x, FLOAT_DTYPES)
-    _check_bias(bias, n)
+    check_bias(bias, n)
     return ops.float_matmul(x, w, bias, n)

@@ -41,14 +41,33 @@ def rms_norm_quantize(
 
 
 def rms_norm_quantize_train(
-    x: Tensor, weight: Tensor, eps: float, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training form: ``(y, codes, scale)`` with y differentiable in x and weight (spec 12)."""
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    bits: int,
+    *,
+    residual: Tensor | None = None,
+    values: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training form of :func:`rms_norm_quantize` (spec 12).
+
+    Args:
+        values: False where every consumer reads the codes (:func:`qat_matmul`): y then holds no
+            numbers (a NaN that is stored once) and only carries the gradient.
+
+    Returns:
+        ``(y, codes, scale, x + residual)``: y and the sum are differentiable in x, residual and
+        weight.
+    """
     check_tensor("x", x, FLOAT_DTYPES)
+    check_tensor("weight", weight, FLOAT_DTYPES)
     check_shape("weight", weight, (x.shape[-1],))
     check_bits("bits", bits)
-    y, codes, scale = ops.rms_norm_quantize_train(x, weight, eps, bits)
-    return y, codes, scale
+    if residual is not None:
+        check_tensor("residual", residual, (x.dtype,))
+        check_shape("residual", residual, tuple(x.shape))
+    y, codes, scale, total = ops.rms_norm_quantize_train(x, weight, eps, bits, residual, values)
+    return y, codes, scale, x if residual is None else total
 
 
 def _check_gate_up(gate: Tensor, up: Tensor) -> None:
@@ -73,9 +92,13 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tens
     return codes, scale
 
 
-def silu_mul_quantize_train(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Training form: ``(y, codes, scale)`` with y differentiable in gate and up (spec 14)."""
+def silu_mul_quantize_train(
+    gate: Tensor, up: Tensor, bits: int, *, values: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training form: ``(y, codes, scale)`` with y differentiable in gate and up; ``values`` as in
+    :func:`rms_norm_quantize_train` (spec 14).
+    """
     _check_gate_up(gate, up)
     check_bits("bits", bits)
-    y, codes, scale = ops.silu_mul_quantize_train(gate, up, bits)
+    y, codes, scale = ops.silu_mul_quantize_train(gate, up, bits, values)
     return y, codes, scale

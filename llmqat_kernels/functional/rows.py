@@ -95,6 +95,30 @@ def check_clip(ste_clip: float | None) -> float | None:
     return ste_clip
 
 
+def quantize_integer_groups(
+    x: Tensor, bits: int, *, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups whose scales are integer multiples of one scale a row, so that a product of whole rows
+    is one integer sum (spec 18).
+
+    Args:
+        x: float [..., C]. bits: 2..4. group_size: a divisor of C.
+
+    Returns:
+        ``codes`` int8 [..., C], ``multiplier`` uint8 [..., C / group_size] of 1..63, ``scale`` fp32
+        [...]. The scale of a group is ``multiplier * scale``.
+    """
+    check_tensor("x", x, FLOAT_DTYPES)
+    if check_bits("bits", bits) > 4:
+        raise InvalidArgument(
+            f"bits: integer groups hold 2..4 bits (their int32 sums would overflow), got {bits}"
+        )
+    if check_group_size(x.shape[-1], group_size) == -1:
+        raise InvalidArgument("group_size: -1 has no groups; use a divisor of the row length")
+    codes, multiplier, scale = ops.quantize_integer_groups(x, bits, group_size)
+    return codes, multiplier, scale
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """int8 codes [..., C] in [-7, 7] -> uint8 [..., ceil(C / 2)], low nibble = even column (spec
     8).

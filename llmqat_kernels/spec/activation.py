@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .math import exp
-from .quantize import quantize
+from .quantize import gradient_handle, quantize
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -25,8 +25,20 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tens
     return quantize(silu_mul(gate, up), bits)
 
 
-def silu_mul_quantize_train(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Training form: (y [..., K], codes [..., K], scale [...]) (spec 14)."""
-    y = silu_mul(gate, up)
-    codes, scale = quantize(y, bits)
-    return y, codes, scale
+def silu_mul_quantize_train(
+    gate: Tensor, up: Tensor, bits: int, values: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training form: (y [..., K], codes [..., K], scale [...]) (spec 14).
+
+    Without ``values``, y is a :func:`gradient_handle`.
+    """
+    codes, scale = silu_mul_quantize(gate, up, bits)
+    return silu_mul(gate, up) if values else gradient_handle(gate), codes, scale
+
+
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), each [..., K] in the dtype of gate (spec 14)."""
+    g, u, d = gate.to(torch.float32), up.to(torch.float32), grad.to(torch.float32)
+    sigmoid = torch.sigmoid(g)
+    dgate = d * u * sigmoid * (1 + g * (1 - sigmoid))
+    return dgate.to(gate.dtype), (d * g * sigmoid).to(up.dtype)

@@ -19,8 +19,9 @@ def soft_cross_entropy(
     """
     student = torch.log_softmax(student_logits, dim=-1)
     teacher = torch.softmax(teacher_logits, dim=-1)
-    # Not teacher * student: a padded vocabulary entry is 0 * -inf on both sides.
-    terms = torch.where(teacher > 0, teacher * student, torch.zeros_like(student))
+    # Not teacher * student: a padded vocabulary entry is 0 * -inf on both sides. And not where
+    # teacher > 0: NaN has to show.
+    terms = torch.where(teacher == 0, torch.zeros_like(student), teacher * student)
     losses = -terms.sum(dim=-1) * inv_n
     gradient = (torch.exp(student) - teacher) * inv_n
     if valid is not None:
@@ -62,4 +63,67 @@ def distillation_loss(
         gradient = logits.to(student_hidden.dtype)
         grad_hidden[rows] = gradient @ student_head
         grad_head += (gradient.T @ hidden).to(torch.float32)
+    return loss, grad_hidden, grad_head.to(student_head.dtype)
+
+
+def distillation_loss_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    valid: Tensor | None = None,
+    chunk_size: int = 1024,
+    chunk_loss: SoftCrossEntropy = soft_cross_entropy,
+) -> tuple[Tensor, Tensor]:
+    """(loss fp32 [], grad [n, V] in the student's dtype) of logits that exist already (spec 10)."""
+    tokens = student_logits.shape[0]
+    count = tokens if valid is None else int(valid.sum())
+    loss = student_logits.new_zeros((), dtype=torch.float32)
+    grad = torch.zeros_like(student_logits, memory_format=torch.contiguous_format)
+    for start in range(0, tokens if count else 0, chunk_size):
+        rows = slice(start, min(start + chunk_size, tokens))
+        logits = student_logits[rows].to(torch.float32, copy=True)
+        loss += chunk_loss(
+            logits,
+            teacher_logits[rows].to(torch.float32),
+            None if valid is None else valid[rows],
+            1.0 / count,
+        )
+        grad[rows] = logits.to(grad.dtype)
+    return loss, grad
+
+
+def distillation_loss_top_k(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    probabilities: Tensor,
+    tokens: Tensor,
+    valid: Tensor | None = None,
+    chunk_size: int = 1024,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, grad_student_hidden, grad_student_head) against stored probabilities (spec 10).
+
+    ``probabilities`` float [n, k] of the vocabulary entries ``tokens`` int64 [n, k], which are
+    distinct in a row where the probability is not 0; every other entry has probability 0. Rows need
+    not sum to 1.
+    """
+    rows_total = student_hidden.shape[0]
+    count = rows_total if valid is None else int(valid.sum())
+    loss = student_hidden.new_zeros((), dtype=torch.float32)
+    grad_hidden = torch.zeros_like(student_hidden)
+    grad_head = torch.zeros_like(student_head, dtype=torch.float32)
+    for start in range(0, rows_total if count else 0, chunk_size):
+        rows = slice(start, min(start + chunk_size, rows_total))
+        hidden = student_hidden[rows]
+        student = torch.log_softmax((hidden @ student_head.T).to(torch.float32), dim=-1)
+        p = probabilities[rows].to(torch.float32)
+        picked = student.gather(-1, tokens[rows])
+        losses = -torch.where(p == 0, torch.zeros_like(p), p * picked).sum(-1)
+        gradient = torch.exp(student) * p.sum(-1, keepdim=True)
+        gradient.scatter_add_(-1, tokens[rows], -p)
+        if valid is not None:
+            losses = torch.where(valid[rows], losses, torch.zeros_like(losses))
+            gradient = torch.where(valid[rows].unsqueeze(-1), gradient, torch.zeros_like(gradient))
+        loss += losses.sum() / count
+        scaled = (gradient / count).to(student_hidden.dtype)
+        grad_hidden[rows] = scaled @ student_head
+        grad_head += (scaled.T @ hidden).to(torch.float32)
     return loss, grad_hidden, grad_head.to(student_head.dtype)

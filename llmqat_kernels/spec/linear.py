@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .activation import silu_mul_quantize
 from .int4 import unpack_int4
 from .quantize import QUANTIZED_BITS, as_groups, dequantize, quantize
 
@@ -90,6 +93,103 @@ def qat_linear(
     """
     a, a_scale = quantize(x, a_bits)
     return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype), a, a_scale
+
+
+def qat_matmul(
+    x: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_multiplier: Tensor | None,
+    bias: Tensor | None,
+    group_size: int = -1,
+    ste_clip: float | None = None,
+) -> Tensor:
+    """``qat_linear`` on codes that the producer of x wrote and others share; x and ``weight`` are
+    there for their gradients only (spec 7, 18).
+    """
+    if w_multiplier is not None:
+        return integer_group_matmul(
+            a, a_scale, w_codes, w_multiplier, w_scale, bias, group_size, x.dtype
+        )
+    return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype)
+
+
+def silu_mul_qat_matmul(
+    gate: Tensor,
+    up: Tensor,
+    a_bits: int,
+    weight: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_multiplier: Tensor | None,
+    bias: Tensor | None,
+    group_size: int = -1,
+    ste_clip: float | None = None,
+) -> Tensor:
+    """``qat_matmul(silu_mul_quantize(gate, up))``; only the gradient differs in what it keeps (spec
+    19).
+    """
+    a, a_scale = silu_mul_quantize(gate, up, a_bits)
+    return qat_matmul(gate, a, a_scale, weight, w_codes, w_scale, w_multiplier, bias, group_size)
+
+
+def group_scales(w_scale: Tensor, w_multiplier: Tensor | None) -> Tensor:
+    """Scales fp32 [N, groups] of integer groups: exact products (spec 18)."""
+    if w_multiplier is None:
+        return w_scale
+    return w_multiplier.to(torch.float32) * w_scale.unsqueeze(-1)
+
+
+def qat_matmul_backward_input(
+    grad: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    group_size: int,
+    dequantize: Callable[..., Tensor] = dequantize,
+) -> Tensor:
+    """dX [..., K] of grad [..., N], in grad's dtype (spec 7)."""
+    return grad @ dequantize(w_codes, w_scale, group_size, grad.dtype)
+
+
+def qat_matmul_backward_weight(
+    grad: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    dtype: torch.dtype,
+    dequantize: Callable[..., Tensor] = dequantize,
+) -> Tensor:
+    """dW [N, K] of grad [..., N] and the codes a [..., K], in ``dtype`` (spec 7)."""
+    x = dequantize(a, a_scale, -1, grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (rows.T @ x.reshape(-1, x.shape[-1])).to(dtype)
+
+
+def integer_group_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_multiplier: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    int_matmul: Callable[..., Tensor] = int_matmul,
+) -> Tensor:
+    """Codes a [..., K] times weight codes with integer group multipliers -> [..., N] (spec 18).
+
+    w int8 [N, K] or packed uint8, w_multiplier uint8 [N, groups], w_scale fp32 [N].
+    """
+    a_groups = as_groups(a, group_size)
+    w_groups = as_groups(weight_codes(w, a.shape[-1]), group_size)
+    acc = torch.zeros((*a.shape[:-1], w.shape[0]), dtype=torch.int32, device=a.device)
+    for group in range(w_groups.shape[-2]):
+        part = int_matmul(a_groups[..., group, :], w_groups[:, group, :].contiguous(), 8)
+        acc += part * w_multiplier[:, group].to(torch.int32)
+    y = acc.to(torch.float32) * (a_scale.unsqueeze(-1) * w_scale)
+    return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
 
 
 def repack_weight(w: Tensor, w_bits: int) -> Tensor:

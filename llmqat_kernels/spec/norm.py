@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .math import tree_sum
-from .quantize import quantize
+from .quantize import gradient_handle, quantize
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,9 +40,36 @@ def rms_norm_quantize(
 
 
 def rms_norm_quantize_train(
-    x: Tensor, weight: Tensor, eps: float, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Training form: (y [..., K], codes [..., K], scale [...]), y for the gradient (spec 12)."""
-    y = rms_norm(x, weight, eps)
-    codes, scale = quantize(y, bits)
-    return y, codes, scale
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    bits: int,
+    residual: Tensor | None = None,
+    values: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training form: (y [..., K], codes [..., K], scale [...], sum [..., K]); spec 12.
+
+    Without ``values``, y is a :func:`gradient_handle`.
+    """
+    codes, scale, total = rms_norm_quantize(x, weight, eps, bits, residual)
+    if not values:
+        return gradient_handle(x), codes, scale, total
+    return rms_norm(x if residual is None else total, weight, eps), codes, scale, total
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx [..., K], dweight [K]) from the gradient of y; ``grad_total`` is added to dx (spec 12).
+
+    x is what was normalized (the sum, where there was a residual).
+    """
+    wide, wide_grad = x.to(torch.float32), grad.to(torch.float32)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * r
+    gw = wide_grad * weight.to(torch.float32)
+    dx = r * (gw - normed * (gw * normed).mean(-1, keepdim=True))
+    if grad_total is not None:
+        dx = dx + grad_total.to(torch.float32)
+    dweight = (wide_grad * normed).reshape(-1, x.shape[-1]).sum(0)
+    return dx.to(x.dtype), dweight.to(weight.dtype)

@@ -42,6 +42,14 @@ def row_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.where(keep.unsqueeze(-1), codes, torch.zeros_like(codes)).to(torch.int8)
 
 
+def gradient_handle(like: Tensor) -> Tensor:
+    """A tensor of ``like``'s shape and dtype that only carries a gradient: one stored NaN (spec 6).
+
+    Its consumers read codes and scales instead; whoever reads it by mistake computes NaN.
+    """
+    return like.new_full((1,) * like.dim(), float("nan")).expand(like.shape)
+
+
 def as_groups(x: Tensor, group_size: int) -> Tensor:
     """View rows as groups: [..., C] -> [..., C / group_size, group_size]; unchanged for -1."""
     return x if group_size == -1 else x.unflatten(-1, (x.shape[-1] // group_size, group_size))
@@ -81,3 +89,29 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, ste_clip: float | None) -> T
     if ste_clip is None:
         return grad.clone()
     return torch.where(x.to(torch.float32).abs() < ste_clip, grad, torch.zeros_like(grad))
+
+
+MAX_MULTIPLIER = 63
+"""Largest integer group multiplier: 6 bits keep scale * multiplier exact in fp32, and the int32
+accumulator of a 4-bit weight safe to K = 38,342 (spec 18)."""
+
+
+def quantize_integer_groups(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 of x's shape, multipliers uint8 [..., groups], scale fp32 [...] (spec 18).
+
+    The scale of a group is ``multiplier * scale``: an integer times a bf16 number.
+    """
+    rows = as_groups(x.to(torch.float32), group_size)
+    fine = row_scale(rows, bits)
+    zero = rows.abs().amax(dim=-1) < ZERO_ROW_AMAX
+    top = torch.where(zero, torch.zeros_like(fine), fine).amax(dim=-1)
+    scale = torch.div(top, torch.full_like(top, MAX_MULTIPLIER))
+    scale = scale.to(torch.bfloat16).to(torch.float32)
+    scale = torch.where(zero.all(dim=-1), torch.ones_like(scale), scale)
+    inv = torch.div(torch.ones_like(scale), scale)
+    multiplier = torch.round(torch.clamp(fine * inv.unsqueeze(-1), 1, MAX_MULTIPLIER))
+    multiplier = torch.where(
+        zero | ~torch.isfinite(multiplier), torch.ones_like(multiplier), multiplier
+    )
+    codes = row_codes(rows, multiplier * scale.unsqueeze(-1), bits)
+    return codes.reshape(x.shape), multiplier.to(torch.uint8), scale

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .int4 import pack_int4
-from .quantize import QUANTIZED_BITS, quantize
+from .quantize import QUANTIZED_BITS, fake_quantize, quantize
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -21,6 +21,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     """RoPE of x [n, H, D] at ``positions`` [n] of the tables cos, sin [T, D / 2] (spec 9)."""
     return rotate(x, cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2))
+
+
+def rope_fake_quantize(
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    bits: int,
+    pre_rope: bool,
+    ste_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What attention reads of k, v [n, Hkv, D] once they went through the cache: rotated,
+    fake-quantized keys and fake-quantized values, [n, Hkv, D] each (spec 9; the training form).
+
+    Width 16 or 32 only rotates. ``ste_clip`` only matters to the gradient.
+    """
+    if bits not in QUANTIZED_BITS:
+        return rope(k, cos, sin, positions), v.clone()
+
+    def through_cache(x: Tensor) -> Tensor:
+        rows = x.flatten(1) if pre_rope else x
+        return fake_quantize(rows, bits).reshape(x.shape)
+
+    if pre_rope:
+        return rope(through_cache(k), cos, sin, positions), through_cache(v)
+    return through_cache(rope(k, cos, sin, positions)), through_cache(v)
 
 
 def rope_quantize_append(
@@ -53,7 +80,7 @@ def rope_quantize_append(
     if not pre_rope:
         k = rope(k, cos, sin, positions)
     for x, codes_cache, scale_cache in ((k, k_codes, k_scale), (v, v_codes, v_scale)):
-        rows = x.reshape(x.shape[0], -1) if pre_rope else x
+        rows = x.flatten(1) if pre_rope else x
         codes, scale = quantize(rows, bits)
         codes = codes.reshape(x.shape)
         if codes_cache.dtype == torch.uint8:

@@ -5,6 +5,8 @@ import torch
 
 import llmqat_kernels as qk
 from llmqat_kernels import dispatch, native
+from llmqat_kernels.backends import triton
+from llmqat_kernels.backends.composite import COMPOSITES
 from llmqat_kernels.backends.reference import REFERENCE
 from llmqat_kernels.schemas import SCHEMAS
 
@@ -17,13 +19,13 @@ def test_every_operator_has_schema_reference_and_fake():
         assert getattr(torch.ops.llmqat, op).default is not None
 
 
-def test_two_backends_are_collected():
-    """The shared `backend` fixture must really run on both backends wherever the library is
-    built.
-    """
+def test_three_backends_are_collected():
+    """The shared `backend` fixture must really run on every backend wherever it is installed."""
     from tests.conftest import BACKENDS
 
-    assert BACKENDS == ["reference", "cpu"]
+    assert BACKENDS == ["reference", "cpu", "triton"]
+    if triton.interpreting() and not triton.why_not():
+        assert dispatch.resolve("quantize", "cpu", "triton").backend == "triton"
     if native.is_available():
         missing = [c.op for c in dispatch.choices("cpu") if c.backend != "cpu"]
         assert missing == []
@@ -52,6 +54,31 @@ def test_missing_library_is_an_error_when_named(monkeypatch):
 def test_a_backend_of_another_device_is_an_error():
     with pytest.raises(qk.BackendUnavailable, match="cuda"):
         dispatch.resolve("quantize", "cpu", "cuda")
+
+
+def test_triton_needs_the_interpreter_for_cpu_tensors(monkeypatch):
+    monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
+    dispatch.resolve.cache_clear()
+    with pytest.raises(qk.BackendUnavailable, match="'triton' cannot run quantize on cpu"):
+        dispatch.resolve("quantize", "cpu", "triton")
+    dispatch.resolve.cache_clear()
+
+
+def test_triton_that_is_not_installed_is_an_error_when_named(monkeypatch):
+    monkeypatch.setattr(triton, "why_not", lambda: "triton is not installed: pip install triton")
+    with pytest.raises(qk.BackendUnavailable, match="pip install triton"):
+        qk.use_backend("triton")
+
+
+def test_auto_prefers_triton_on_cuda(monkeypatch):
+    monkeypatch.setattr(triton, "why_not", lambda: "")
+    dispatch.resolve.cache_clear()
+    choices = {op: dispatch.resolve(op, "cuda", "auto") for op in SCHEMAS}
+    dispatch.resolve.cache_clear()
+    assert {choice.backend for choice in choices.values()} == {"triton"}
+    for op, choice in choices.items():
+        if op not in triton.kernels():
+            assert choice.kernel is COMPOSITES[op] and "composed" in choice.reason
 
 
 def test_auto_announces_a_fallback_once(monkeypatch, caplog):

@@ -40,7 +40,8 @@ def test_scale_is_the_rounded_quotient(backend):
 @pytest.mark.parametrize("columns", ROW_LENGTHS)
 def test_backends_equal_spec(backend, dtype, columns):
     x = special_rows(columns, dtype)
-    for bits in BITS:
+    # The bit width is a constant of one kernel; Triton's interpreter is slow and runs three.
+    for bits in (2, 4, 8) if backend == "triton" else BITS:
         for bf16_scale in (False, True):
             codes, scale = qk.quantize(
                 x, bits, scale_dtype=torch.bfloat16 if bf16_scale else torch.float32

@@ -31,6 +31,10 @@ def weights(n: int, k: int, bits: int, group_size: int = -1):
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(8, 8), (4, 8), (4, 6), (2, 8), (3, 5), (8, 4)])
 def test_equals_spec(backend, dtype, m, n, k, w_bits, a_bits):
+    if backend == "triton":
+        wide, usual = k > 500 and dtype != torch.bfloat16, (w_bits, a_bits) == (4, 8)
+        if wide or not (usual or (m, n, k) == (3, 17, 33)):
+            pytest.skip("interpreted: every width at one shape, wide rows in bf16 only, for time")
     x = torch.randn(m, k, generator=generator(m)).to(dtype)
     w, scale = weights(n, k, w_bits)
     bias = torch.randn(n, generator=generator(1)).to(dtype)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+import llmqat_kernels as qk
 from llmqat_kernels.spec import norm as spec
 from llmqat_kernels.spec.quantize import quantize
 from llmqat_kernels.testing import (
     DTYPES,
     ROW_LENGTHS,
     assert_same_bits,
+    assert_within_ratio,
     generator,
     layouts,
     special_rows,
@@ -66,11 +68,51 @@ def test_native_equals_spec(isa, dtype, columns):
                 got = native.rms_norm_quantize(x, w, EPS, bits, add)
                 for a, b in zip(got, spec.rms_norm_quantize(x, w, EPS, bits, add), strict=True):
                     assert_same_bits(a, b)
-        y, codes, scale = native.rms_norm_quantize_train(x, w, EPS, 6)
-        assert_same_bits(y, spec.rms_norm(x, w, EPS))
-        want_codes, want_scale = quantize(y, 6)
-        assert_same_bits(codes, want_codes)
-        assert_same_bits(scale, want_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", [False, True])
+def test_training_form_is_the_inference_form_with_values(backend, dtype, add):
+    x, w = special_rows(33, dtype), weight(33, dtype)
+    residual = x.flip(0) if add else None
+    y, codes, scale, total = qk.rms_norm_quantize_train(x, w, EPS, 6, residual=residual)
+    want = qk.rms_norm_quantize(x, w, EPS, 6, residual=residual)
+    for a, b in zip((codes, scale, total), want, strict=True):
+        assert_same_bits(a, b)
+    assert_same_bits(y, spec.rms_norm(total, w, EPS))
+    want_codes, want_scale = quantize(y, 6)
+    assert_same_bits(codes, want_codes)
+    assert_same_bits(scale, want_scale)
+    handle, *rest = qk.rms_norm_quantize_train(x, w, EPS, 6, residual=residual, values=False)
+    assert handle.shape == x.shape and handle.dtype == x.dtype and handle.isnan().all()
+    assert handle.untyped_storage().nbytes() == x.element_size()
+    for a, b in zip(rest, want, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_gradients_against_float64(backend, values):
+    """d/dx, d/dresidual and d/dweight of a function of y and of the sum, by plain torch in fp64."""
+    leaves = [torch.randn(6, 40, generator=generator(i)) for i in (1, 2)] + [weight(40)]
+    upstream = [torch.randn(6, 40, generator=generator(i)) for i in (3, 4)]
+
+    def gradients(dtype, function):
+        x, residual, w = (t.to(dtype).requires_grad_() for t in leaves)
+        y, total = function(x, residual, w)
+        return torch.autograd.grad((y, total), (x, residual, w), [g.to(dtype) for g in upstream])
+
+    def plain(x, residual, w):
+        total = x + residual
+        return torch.nn.functional.rms_norm(total, (40,), w, EPS), total
+
+    def ours(x, residual, w):
+        y, _, _, total = qk.rms_norm_quantize_train(x, w, EPS, 8, residual=residual, values=values)
+        return y, total
+
+    exact = gradients(torch.float64, plain)
+    baseline = gradients(torch.float32, plain)
+    for got, base, want in zip(gradients(torch.float32, ours), baseline, exact, strict=True):
+        assert_within_ratio(got, base, want, 3.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

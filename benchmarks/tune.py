@@ -1,0 +1,238 @@
+"""Time the candidate tiles of the Triton kernels on this GPU and write its architecture's table.
+
+    python -m benchmarks.tune [--op NAME ...] [--rounds 7]
+
+For every bucket of shapes that the cases of `benchmarks.registry` ask for: the candidates of the
+kernel (``CANDIDATES`` of its file) must give the bits of the default tile, then they take turns
+with it. A candidate that is at least 2 % faster over all cases of the bucket goes into
+llmqat_kernels/backends/triton/tiles/sm_<arch>.json, from where launches take it; other buckets keep
+the kernel's own heuristic. Only forms that `benchmarks.kernel_report` checks are candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from benchmarks.entry import Job, everything
+from benchmarks.kernel_report import kernels_of, modules
+from benchmarks.registry import cases, op_names
+from benchmarks.roofline import repeated, repetitions
+from benchmarks.timing import Timer, cuda_seconds, environment, interleaved
+from llmqat.io import write_text
+from llmqat_kernels import use_backend
+from llmqat_kernels.backends.triton import interpreting, tiles
+from llmqat_kernels.backends.triton.launch import Variant
+from llmqat_kernels.testing import assert_same_bits
+
+GAIN = 0.98
+"""A candidate must take at most this share of the default's time."""
+SECONDS = 0.01
+DEFAULT = "default"
+Candidates = Mapping[str, Sequence[Any]]
+
+
+def compiled_as(variants: Iterable[Variant], tile: Any) -> bool:
+    """Whether one of ``variants`` has every size of ``tile``: then its gates were checked."""
+    wanted = asdict(tile)
+    options = {name: wanted.pop(name) for name in ("num_warps", "num_stages") if name in wanted}
+    sizes = Counter(wanted.values())
+    return any(
+        all(getattr(variant, name) == value for name, value in options.items())
+        and sizes <= Counter(v for v in variant.constants.values() if type(v) is int)
+        for variant in variants
+    )
+
+
+def candidates(arch: int) -> dict[str, tuple[Any, ...]]:
+    """Operator of `tiles.tile_for` -> the tiles worth timing on an architecture."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in modules():
+        listed: Candidates = getattr(kernels_of(name), "CANDIDATES", {})
+        checked = list(kernels_of(name).variants(arch)) if listed else []
+        for op, choices in listed.items():
+            found[op] = tuple(tile for tile in choices if compiled_as(checked, tile))
+    return found
+
+
+@dataclass
+class Bucket:
+    """What was measured for one operator and bucket.
+
+    Attributes:
+        default_us: the default tile's time in each case.
+        ratios: tile -> its time over the default's, in each case; only tiles that gave the same
+            bits everywhere are complete.
+        refused: tile -> why it cannot be used.
+    """
+
+    default: Any
+    default_us: list[float] = field(default_factory=list)
+    ratios: dict[Any, list[float]] = field(default_factory=dict)
+    refused: dict[Any, str] = field(default_factory=dict)
+
+    def best(self) -> dict[str, Any] | None:
+        """The entry of the table, or None if no candidate is enough faster in the mean."""
+        whole = len(self.default_us)
+        means = {
+            tile: math.exp(statistics.fmean(map(math.log, values)))
+            for tile, values in self.ratios.items()
+            if len(values) == whole and tile not in self.refused
+        }
+        tile = min(means, key=lambda t: means[t], default=None)
+        if tile is None or means[tile] > GAIN:
+            return None
+        microseconds = statistics.fmean(self.default_us)
+        return {
+            "tile": asdict(tile),
+            "default": asdict(self.default),
+            "default_us": round(microseconds, 2),
+            "ratio": round(means[tile], 4),
+        }
+
+
+Buckets = dict[tuple[str, str], Bucket]
+
+
+def refusal(call: Callable[[], Any], expected: Sequence[torch.Tensor]) -> str:
+    """Why the tile now forced cannot be used; an empty string if its result has the same bits."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        for actual, want in zip(everything(call()), expected, strict=True):
+            assert_same_bits(actual, want)
+    except OutOfResources as error:
+        return f"does not fit: {error}"
+    except AssertionError as error:
+        return f"other bits: {error}".splitlines()[0]
+    return ""
+
+
+def measure(
+    job: Job, choices: Candidates, buckets: Buckets, timer: Timer, rounds: int
+) -> list[tuple[str, str]]:
+    """Time every candidate of the operators that ``job`` asks a tile for.
+
+    Returns:
+        The (operator, bucket) pairs that were timed.
+
+    Raises:
+        AssertionError: the default tile does not pass the gate of the case.
+    """
+    job.gate()
+    with tiles.asked() as asked:
+        expected = everything(job.call())
+    timed = []
+    for op in dict.fromkeys(question.op for question in asked if question.op in choices):
+        keys = {question.key: question.default for question in asked if question.op == op}
+        if len(keys) != 1:
+            continue  # two shapes in one call: neither can be timed on its own
+        ((key, default),) = keys.items()
+        bucket = buckets.setdefault((op, key), Bucket(default))
+        _measure_op(op, bucket, default, choices[op], job.call, expected, timer, rounds)
+        timed.append((op, key))
+    return timed
+
+
+def _measure_op(
+    op: str,
+    bucket: Bucket,
+    default: Any,
+    choices: Sequence[Any],
+    call: Callable[[], Any],
+    expected: Sequence[torch.Tensor],
+    timer: Timer,
+    rounds: int,
+) -> None:
+    def with_tile(tile: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            with tiles.forced(op, tile):
+                return call()
+
+        return run
+
+    runs = {DEFAULT: with_tile(default)}
+    named = {str(index): tile for index, tile in enumerate(choices) if tile != default}
+    for name, tile in named.items():
+        why = refusal(with_tile(tile), expected)
+        if why:
+            bucket.refused[tile] = why
+        else:
+            runs[name] = with_tile(tile)
+    count = repetitions(runs[DEFAULT], timer, SECONDS)
+    loops = {name: repeated(run, count) for name, run in runs.items()}
+    seconds = interleaved(loops, rounds, timer=timer)
+    base = seconds.pop(DEFAULT)
+    bucket.default_us.append(1e6 * statistics.median(base) / count)
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+        bucket.ratios.setdefault(named[name], []).append(ratio)
+
+
+def merged(before: Mapping[str, Any], buckets: Buckets, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The new table: buckets that were measured again are replaced, the others stay."""
+    entries = {op: dict(found) for op, found in before["tiles"].items()}
+    for (op, key), bucket in buckets.items():
+        entry = bucket.best()
+        entries.setdefault(op, {}).pop(key, None)
+        if entry:
+            entries[op][key] = entry
+    kept = {op: dict(sorted(found.items())) for op, found in sorted(entries.items()) if found}
+    return {"arch": before["arch"], "source": "measured", **where, "tiles": kept}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune", description="Time the candidate tiles on this GPU."
+    )
+    parser.add_argument("--op", nargs="+", choices=op_names(), help="these benchmark entries only")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available() or interpreting():
+        print("tune: there is no CUDA device here (or TRITON_INTERPRET=1 is set); tiles are timed"
+              " on the GPU they are for", file=sys.stderr)  # fmt: skip
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch = tiles.architecture(device)
+    path = tiles.FOLDER / f"sm_{arch}.json"
+    choices, buckets = candidates(arch), Buckets()
+    before = tiles.table(arch)
+    failed = False
+    with use_backend("triton"):
+        for case in cases(options.op, device_type="cuda"):
+            try:
+                timed = measure(case.build(device), choices, buckets, cuda_seconds, options.rounds)
+            except AssertionError as error:
+                failed = True
+                print(f"{case.name}, {case.shape.label}: gate failed: {error}", file=sys.stderr)
+                continue
+            for op, key in timed:
+                print(f"{case.name}, {case.shape.label}, {case.dtype_name}: {op} {key}")
+    for (op, key), bucket in buckets.items():
+        for tile, why in bucket.refused.items():
+            print(f"{op} {key}: {tile}: {why}", file=sys.stderr)
+        print(f"{op} {key}: {bucket.best() or 'the default stays'}")
+    found = environment(device)
+    where = {"device": found["processor"], **{k: found[k] for k in ("triton", "torch", "commit")}}
+    text = json.dumps(merged(before, buckets, where), indent=1) + "\n"
+    tiles.parse(text, path.name)
+    write_text(path, text)
+    print(f"wrote {path.name}: {sum(1 for b in buckets.values() if b.best())} measured tiles")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

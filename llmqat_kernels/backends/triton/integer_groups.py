@@ -1,0 +1,214 @@
+"""4-bit weights in groups whose scales are integer multiples of one scale a row.
+
+Math:     spec 18.
+Shapes:   x [R, C] -> codes [R, C], multiplier [R, C / group_size], scale [R];
+          a [..., K] x w [N, K] (packed: [N, ceil(K / 2)]) -> y [..., N].
+Dtypes:   fp32, fp16, bf16 in; int8 or packed codes, uint8 multipliers, fp32 scales.
+Tiling:   quantize: a program a row, twice over its groups (the second time from the cache);
+          product: matmul_tiles.GROUPS, a step is one group or a part of it.
+Cost:     quantize reads x once and writes 1 byte an element; the product adds one integer
+          multiply-add for each result and group to those of int8 (float groups: a conversion, two
+          multiplications and an addition).
+Numerics: exact, any tile, any batch: one int32 sum (K <= 38,342 is checked before).
+Edges:    zero groups take multiplier 1; a row with NaN or infinity has scale NaN and codes 0.
+Limits:   a group of quantize fits one program: 65,536 elements.
+Tests:    tests/kernels/test_integer_groups.py, tests/triton/test_integer_groups.py
+Bench:    python -m benchmarks.run --op integer_group_matmul --device cuda
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...errors import InvalidArgument
+from ...spec.quantize import MAX_MULTIPLIER, qmax
+from . import gemm, numerics
+from .launch import TRITON_TYPES, Variant, empty, launch
+from .matmul_tiles import GROUP, GROUPS, Tile, group_steps, group_tile
+from .quantized_linear import GROUP_SIZES, RESULTS, contiguous, form, stored_codes, token_count
+from .row_tiles import next_power_of_two
+from .tiles import architecture, bucket, tile_for
+
+MULTIPLIERS = tl.constexpr(MAX_MULTIPLIER)
+CHUNK = 4096
+"""Elements that a program of quantize_integer_groups holds, if a group is no longer."""
+MAX_GROUP = 65_536
+
+
+@triton.jit
+def _load_groups(x, row, first, groups, group_size, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """fp32 groups [CHUNK, BLOCK] of a row, their offsets, and masks of groups and elements."""
+    group, column = first + tl.arange(0, CHUNK), tl.arange(0, BLOCK)
+    present = group < groups
+    mask = present[:, None] & (column < group_size)[None, :]
+    at = row * (groups * group_size) + group[:, None] * group_size + column[None, :]
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), at, present, mask
+
+
+@triton.jit
+def quantize_integer_groups_kernel(
+    x, codes, multiplier, scale, groups, group_size,
+    QMAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    top = tl.zeros((1,), tl.int32)
+    for first in range(0, groups, CHUNK):
+        values, at, present, mask = _load_groups(x, row, first, groups, group_size, CHUNK, BLOCK)
+        amax = tl.max(numerics.magnitude_bits(values), axis=1)
+        fine = numerics.scale_of(amax, QMAX, False)
+        zero = amax.to(tl.float32, bitcast=True) < numerics.ZERO_AMAX
+        bits = tl.where(zero, 0, numerics.magnitude_bits(fine))
+        top = tl.maximum(top, tl.max(bits, axis=0))
+    largest = top.to(tl.float32, bitcast=True)
+    s = tl.div_rn(largest, tl.full((1,), MULTIPLIERS, tl.float32))
+    s = tl.where(top == 0, 1.0, s.to(tl.bfloat16).to(tl.float32))
+    finite = top < numerics.INFINITY_BITS
+    s = tl.where(finite, s, float("nan"))
+    tl.store(scale + row + tl.arange(0, 1), s)
+    inverse = numerics.inverse_of(tl.where(finite, s, 1.0))
+    for first in range(0, groups, CHUNK):
+        values, at, present, mask = _load_groups(x, row, first, groups, group_size, CHUNK, BLOCK)
+        amax = tl.max(numerics.magnitude_bits(values), axis=1)
+        nonzero = amax.to(tl.float32, bitcast=True) >= numerics.ZERO_AMAX
+        fine = numerics.scale_of(amax, QMAX, False)
+        fine = tl.where(finite & nonzero, fine, 0.0)  # the clamp must not see NaN
+        m = numerics.round_to_integer(tl.minimum(tl.maximum(fine * inverse, 1.0), MULTIPLIERS))
+        group_scale = m.to(tl.float32) * s
+        keep = numerics.has_codes(amax, group_scale)
+        code = numerics.codes_of(
+            values, numerics.inverse_of(group_scale)[:, None], keep[:, None], QMAX
+        )
+        tl.store(codes + at, code.to(tl.int8), mask=mask)
+        group = first + tl.arange(0, CHUNK)
+        tl.store(multiplier + row * groups + group, m.to(tl.uint8), mask=present)
+
+
+@triton.jit
+def integer_group_matmul_kernel(
+    a, a_scale, w, w_multiplier, w_scale, bias, y, m, n, k, w_stride, groups, group_size,
+    PACKED: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    w_tile, a_tile = gemm.tile_of(tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M), GROUP)
+    rows, tokens = gemm.rows_of(w_tile, BLOCK_N), gemm.rows_of(a_tile, BLOCK_M)
+    W_COLUMNS: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
+    w_at = gemm.row_pointers(w, rows, n, w_stride, W_COLUMNS)
+    a_at = gemm.row_pointers(a, tokens, m, k, BLOCK_K)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for group in range(groups):
+        part = gemm.group_product(
+            a_at, w_at, group_size, PACKED, STEPS, WHOLE, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+        factor = tl.load(w_multiplier + rows * groups + group, mask=rows < n, other=0)
+        acc += part * factor.to(tl.int32)[:, None]
+        w_at += group_size // 2 if PACKED else group_size
+        a_at += group_size
+    sx = gemm.scales_of(a_scale, tokens, m)
+    sw = gemm.scales_of(w_scale, rows, n)
+    result = acc.to(tl.float32) * (sx[None, :] * sw[:, None])
+    gemm.store_results(y, result, bias, rows, tokens, n, n, m)
+
+
+def group_chunk(group_size: int) -> tuple[int, int, int]:
+    """(groups, padded group length, warps) of one step of quantize_integer_groups."""
+    block = next_power_of_two(group_size)
+    chunk = max(1, CHUNK // block)
+    return chunk, block, min(32, max(4, chunk * block // (32 * 32)))
+
+
+def quantize_integer_groups(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See spec 18.
+
+    Raises:
+        InvalidArgument: a group too long for one program.
+    """
+    if group_size > MAX_GROUP:
+        raise InvalidArgument(f"group_size: {group_size} exceeds {MAX_GROUP}; use smaller groups")
+    x = x.contiguous()
+    lead, groups = tuple(x.shape[:-1]), x.shape[-1] // group_size
+    codes = empty(tuple(x.shape), torch.int8, x.device)
+    multiplier = empty((*lead, groups), torch.uint8, x.device)
+    scale = empty(lead, torch.float32, x.device)
+    chunk, block, warps = group_chunk(group_size)
+    launch(
+        quantize_integer_groups_kernel, (token_count(x),), x, codes, multiplier, scale,
+        groups, group_size, QMAX=qmax(bits), CHUNK=chunk, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return codes, multiplier, scale
+
+
+def integer_group_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_multiplier: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See spec 18."""
+    codes, packed = stored_codes(w, a.shape[-1], group_size)
+    a, a_scale, codes, w_multiplier, w_scale, bias = contiguous(
+        a, a_scale, codes, w_multiplier, w_scale, bias
+    )
+    m, n, k = token_count(a), w.shape[0], a.shape[-1]
+    y = empty((*a.shape[:-1], n), dtype, a.device)
+    arch = architecture(a.device)
+    block_k, steps, whole = group_steps(group_size)
+    key = bucket(M=m, N=n, K=k, k=str(block_k))
+    tile = tile_for("integer_group_matmul", key, arch, group_tile(GROUPS, m, n, arch, group_size))
+    grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
+    launch(
+        integer_group_matmul_kernel, grid, a, a_scale, codes, w_multiplier, w_scale, bias, y,
+        m, n, k, codes.shape[1], k // group_size, group_size,
+        PACKED=packed, STEPS=steps, WHOLE=whole,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=block_k, GROUP=GROUP,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y
+
+
+KERNELS: dict[str, Any] = {
+    "quantize_integer_groups": quantize_integer_groups,
+    "integer_group_matmul": integer_group_matmul,
+}
+CANDIDATES: dict[str, tuple[Tile, ...]] = {"integer_group_matmul": GROUPS}
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every tile and kind of group."""
+    for group_size in (*GROUP_SIZES, 4096):
+        chunk, block, warps = group_chunk(group_size)
+        for dtype in RESULTS:
+            name = TRITON_TYPES[dtype]
+            yield Variant(
+                f"quantize_integer_groups {name} {group_size}",
+                quantize_integer_groups_kernel,
+                {
+                    "x": f"*{name}", "codes": "*i8", "multiplier": "*u8", "scale": "*fp32",
+                    "groups": "i32", "group_size": "i32",
+                },
+                {"QMAX": 7, "CHUNK": chunk, "BLOCK": block},
+                num_warps=warps,
+                divisible=() if group_size % 16 else ("group_size",),
+                promises=frozenset() if group_size % 16 else frozenset({"vector_loads"}),
+            )  # fmt: skip
+    sizes = ("m", "n", "k", "w_stride", "groups", "group_size")
+    for packed, codes in ((False, "int8"), (True, "packed")):
+        for group_size in GROUP_SIZES:
+            block_k, steps, whole = group_steps(group_size)
+            for tile in GROUPS:
+                variant = form(
+                    f"integer_group_matmul {codes} {group_size}", integer_group_matmul_kernel,
+                    replace(tile, k=block_k), torch.bfloat16, torch.bfloat16, sizes,
+                    PACKED=packed, STEPS=steps, WHOLE=whole,
+                )  # fmt: skip
+                yield replace(variant, signature={**variant.signature, "w_multiplier": "*u8"})

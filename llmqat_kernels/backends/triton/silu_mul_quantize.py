@@ -1,0 +1,201 @@
+"""SiLU(gate) * up, alone and fused with the quantization of the product.
+
+Math:     spec 13, 14; the backward is that of the real function, in fp32, one cast (spec 19).
+Shapes:   gate, up [R, K], rows any distance apart (halves of one [R, 2K]) -> y or codes [R, K],
+          scale [R].
+Dtypes:   fp32, fp16, bf16 in; int8 codes, fp32 scales; fp32 arithmetic.
+Tiling:   whole rows in registers (row_tiles) for codes; flat tiles elementwise.
+Cost:     5 bytes an element of bf16 for codes, 6 for y, 10 for the backward; memory bound, with
+          the exact exponential and division close behind.
+Numerics: forward exact; backward by the 3x rule.
+Edges:    columns beyond K are masked and read as 0, whose product is 0; empty tensors launch
+          nothing.
+Limits:   K <= 32,768 for codes; fp32 rows beyond 24,576 are two kernels.
+Tests:    tests/triton/test_silu_mul_quantize.py, tests/kernels/test_silu_mul_quantize_spec.py
+Bench:    python -m benchmarks.run --op silu_mul_quantize --device cuda
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...spec.quantize import qmax
+from . import numerics
+from .launch import Variant, empty, launch
+from .quantize import FLOATS, check_columns, quantize
+from .row_chunks import appended, chunk_of, row_of_program, store_codes
+from .row_tiles import ROW_LENGTHS, flat_tile, row_tile
+
+MAX_GRID_ROWS = 65_535
+"""CUDA's limit of the second grid dimension."""
+MAX_FUSED_BYTES = 6 * 4096 * 4
+"""Longest row whose operands and product fit the registers: all of bf16, fp32 to 24,576 elements.
+Longer ones are two kernels."""
+
+
+@triton.jit
+def _silu_mul(gate, up, DTYPE: tl.constexpr):
+    """fp32 product of fp32 blocks, rounded to DTYPE (spec 14)."""
+    silu = tl.div_rn(gate, 1.0 + numerics.exp(-gate)).to(DTYPE).to(tl.float32)
+    return (silu * up).to(DTYPE).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def silu_mul_quantize_kernel(
+    gate, up, codes, scale, gate_stride, up_stride, rows, columns,
+    QMAX: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    row = row_of_program(ROWS)
+    chunks = ()
+    for i in tl.static_range(0, CHUNKS):
+        at, mask = chunk_of(row, gate_stride, rows, columns, i, ROWS, WIDTH, CHUNKS)
+        g = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+        at, mask = chunk_of(row, up_stride, rows, columns, i, ROWS, WIDTH, CHUNKS)
+        u = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
+        chunks = appended(chunks, _silu_mul(g, u, gate.dtype.element_ty))
+    store_codes(chunks, codes, scale, row, rows, columns, QMAX, False, ROWS, WIDTH, CHUNKS)
+
+
+@triton.jit
+def silu_mul_kernel(gate, up, y, gate_stride, up_stride, columns, WIDTH: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    mask = column < columns
+    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    result = _silu_mul(g, u, gate.dtype.element_ty)
+    tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def silu_mul_backward_kernel(
+    grad, gate, up, dgate, dup, gate_stride, up_stride, columns, WIDTH: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    mask = column < columns
+    d = tl.load(grad + row * columns + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = numerics.inverse_of(1.0 + numerics.exp(-g))
+    dg = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
+    du = d * g * sigmoid
+    tl.store(dgate + row * columns + column, dg.to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + row * columns + column, du.to(dup.dtype.element_ty), mask=mask)
+
+
+def strided_rows(x: Tensor) -> tuple[Tensor, int]:
+    """A tensor over the rows of ``x`` [..., K] and the distance of two rows in elements; copies
+    only what is no set of equally distant rows.
+    """
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def _grid(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, int, int]:
+    """Both operands with row strides, the number of rows and their length for an elementwise
+    kernel: one row where both are contiguous.
+    """
+    if gate.is_contiguous() and up.is_contiguous():
+        return gate, 0, up, 0, 1, gate.numel()
+    (gate, gate_stride), (up, up_stride) = strided_rows(gate), strided_rows(up)
+    if gate.shape[0] > MAX_GRID_ROWS:
+        return gate.contiguous(), 0, up.contiguous(), 0, 1, gate.numel()
+    return gate, gate_stride, up, up_stride, *gate.shape
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """See spec 14."""
+    y = empty(tuple(gate.shape), gate.dtype, gate.device)
+    if y.numel() == 0:
+        return y
+    gate, gate_stride, up, up_stride, rows, columns = _grid(gate, up)
+    width = flat_tile(columns).width
+    launch(
+        silu_mul_kernel, (triton.cdiv(columns, width), rows),
+        gate, up, y, gate_stride, up_stride, columns, WIDTH=width,
+    )  # fmt: skip
+    return y
+
+
+def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """See spec 14."""
+    columns = gate.shape[-1]
+    check_columns("gate", columns)
+    if columns * gate.element_size() > MAX_FUSED_BYTES:
+        return quantize(silu_mul(gate, up), bits)
+    codes = empty(tuple(gate.shape), torch.int8, gate.device)
+    scale = empty(tuple(gate.shape[:-1]), torch.float32, gate.device)
+    if codes.numel() == 0:
+        return codes, scale.fill_(1.0)
+    (gate, gate_stride), (up, up_stride) = strided_rows(gate), strided_rows(up)
+    tile, rows = row_tile(columns), gate.shape[0]
+    launch(
+        silu_mul_quantize_kernel, (triton.cdiv(rows, tile.rows),),
+        gate, up, codes, scale, gate_stride, up_stride, rows, columns,
+        QMAX=qmax(bits), **tile.constants(), num_warps=tile.num_warps,
+    )  # fmt: skip
+    return codes, scale
+
+
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """See spec 14 and 19."""
+    dgate = empty(tuple(gate.shape), gate.dtype, gate.device)
+    dup = empty(tuple(up.shape), up.dtype, up.device)
+    if dgate.numel() == 0:
+        return dgate, dup
+    gate, gate_stride, up, up_stride, rows, columns = _grid(gate, up)
+    width = flat_tile(columns).width
+    launch(
+        silu_mul_backward_kernel, (triton.cdiv(columns, width), rows),
+        grad.contiguous(), gate, up, dgate, dup, gate_stride, up_stride, columns, WIDTH=width,
+    )  # fmt: skip
+    return dgate, dup
+
+
+KERNELS: dict[str, Any] = {
+    "silu_mul": silu_mul,
+    "silu_mul_quantize": silu_mul_quantize,
+    "silu_mul_backward": silu_mul_backward,
+}
+STRIDES = {"gate_stride": "i32", "up_stride": "i32"}
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every form that real row lengths select; the bit width only changes a constant."""
+    wide = frozenset({"vector_loads"})
+    cases = [(columns, "bf16", 127) for columns in ROW_LENGTHS]
+    cases += [(24576, "fp32", 127), (28672, "fp16", 127), (11008, "bf16", 7)]
+    for columns, dtype, limit in cases:
+        tile, p = row_tile(columns), f"*{dtype}"
+        yield Variant(
+            f"silu_mul_quantize {dtype} K={columns} qmax={limit}",
+            silu_mul_quantize_kernel,
+            {"gate": p, "up": p, "codes": "*i8", "scale": "*fp32", **STRIDES}
+            | {"rows": "i32", "columns": "i32"},
+            {"QMAX": limit, **tile.constants()},
+            num_warps=tile.num_warps,
+            divisible=("columns", *STRIDES),
+            promises=wide,
+        )
+    for kernel, names in (
+        (silu_mul_kernel, ("gate", "up", "y")),
+        (silu_mul_backward_kernel, ("grad", "gate", "up", "dgate", "dup")),
+    ):
+        for dtype in FLOATS:
+            yield Variant(
+                f"{kernel.__name__.removesuffix('_kernel')} {dtype}",
+                kernel,
+                {**dict.fromkeys(names, f"*{dtype}"), **STRIDES, "columns": "i32"},
+                {"WIDTH": 1024},
+                divisible=("columns", *STRIDES),
+                promises=wide,
+            )

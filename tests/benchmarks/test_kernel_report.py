@@ -1,0 +1,73 @@
+"""The pages of docs/kernels, from figures that are made up; the compilation is tested in
+tests/triton/test_compiled.py.
+"""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import cubin, kernel_report
+from benchmarks.kernel_report import Result
+
+ZERO = dict.fromkeys(cubin.Figures.__dataclass_fields__, 0)
+FIGURES = asdict(
+    cubin.Figures(
+        **ZERO | {"registers": 40, "resident": 48, "shared": 128, "instructions": 300},
+    )
+) | {"wide_loads": 2, "loads": 3, "stores": 1, "imma": 64}
+
+
+def result(name="quantize bf16", arch=80, **changes):
+    return Result("quantize", name, arch, (), **({"figures": FIGURES} | changes))
+
+
+def test_a_page_has_both_architectures_side_by_side():
+    other = FIGURES | {"imma": 0, "igmma": 4}
+    text = kernel_report.page("quantize", [result(), result(arch=90, figures=other)], (80, 90))
+    row = next(line for line in text.splitlines() if line.startswith("| quantize bf16"))
+    assert row.count("|") == 2 * len(kernel_report.COLUMNS) + 2
+    assert "| 64 IMMA | 4 IGMMA | 2/3 | 2/3 |" in row
+    assert "llmqat_kernels/backends/triton/quantize.py" in text and "with triton 3" in text
+
+
+def test_a_form_of_one_architecture_leaves_the_other_empty():
+    text = kernel_report.page("quantize", [result(arch=90)], (80, 90))
+    assert "| quantize bf16 |  | 40 |" in text
+
+
+def test_failures_are_on_the_page_and_below_their_row_in_the_table():
+    bad = result(failures=["spills: 2 spill instructions, 8 bytes of local memory"])
+    text = kernel_report.page("quantize", [bad], (80, 90))
+    assert "- quantize bf16 sm_80: spills: 2 spill instructions" in text
+    lines = list(kernel_report.table([bad, result(figures=None, failures=["compile: no"])]))
+    assert lines[2].strip().startswith("FAILS spills") and "?" in lines[3]
+
+
+def test_pages_are_written_whole_and_found_stale(tmp_path):
+    texts = kernel_report.pages([result(), result(arch=90)], (80, 90))
+    assert texts.keys() == {"quantize.md", "kernels.json"}
+    assert len(json.loads(texts["kernels.json"])["kernels"]) == 2
+    (tmp_path / "gone.md").write_text("a file of kernels that is gone")
+    assert kernel_report.stale(texts, tmp_path) == ["gone.md", "kernels.json", "quantize.md"]
+    kernel_report.save(texts, tmp_path)
+    assert kernel_report.stale(texts, tmp_path) == []
+    (tmp_path / "quantize.md").write_text("edited")
+    assert kernel_report.stale(texts, tmp_path) == ["quantize.md"]
+
+
+def test_a_broken_file_is_a_failure_and_hides_no_other(monkeypatch):
+    def broken(module, arch):
+        raise AttributeError("no variants")
+
+    monkeypatch.setattr(kernel_report, "variants", broken)
+    assert kernel_report.names("quantize", 80, False) == ["variants(): AttributeError"]
+    found = kernel_report.examine("quantize", "variants(): AttributeError", 80)
+    assert found.figures is None and found.failures == ["compile: AttributeError: no variants"]
+
+
+@pytest.mark.parametrize("option", [["--only", "x"], ["--arch", "80"], ["--quick"]])
+def test_pages_take_every_kernel(option, capsys):
+    with pytest.raises(SystemExit):
+        kernel_report.main([*option, "--save"])
+    assert "take every kernel" in capsys.readouterr().err
