@@ -23,6 +23,7 @@ from llmqat.errors import ConfigError
 from llmqat.models import compat
 from llmqat.models.families import Family, find_family, iter_blocks, iter_linears
 from llmqat.nn.attention import KVQuantizer, enable_kv_quantization
+from llmqat.nn.fused import check_fusable, fuse_blocks
 from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
 from llmqat.report import conversion_report
 from llmqat.state import PACKED, PREPARED, STATE_ATTRIBUTE, State, state_of
@@ -30,16 +31,22 @@ from llmqat.state import PACKED, PREPARED, STATE_ATTRIBUTE, State, state_of
 __all__ = ["conversion_report", "convert", "prepare", "state_of", "swap_empty"]
 
 
-def prepare(model: nn.Module, config: QATConfig) -> nn.Module:
+def prepare(model: nn.Module, config: QATConfig, *, fused: bool = False) -> nn.Module:
     """Make a transformers LLaMA train through quantization, in place.
 
     All seven linears of every block quantize weight and input, K and V are quantized as
     `config.kv_mode` says; embeddings, norms, Q, softmax and the head stay as they are (LLM-QAT
     section 2.2). Parameters and their names are unchanged.
 
+    Args:
+        fused: let norms, rotary embedding and SwiGLU write the codes that the linears read (needs
+            w_bits and a_bits of at most 8): faster, leaner, and in every norm and activation the
+            engine's own bits. The same weights give slightly other numbers than without, so the
+            choice is recorded and kept by convert and checkpoints.
+
     Raises:
         ConfigError: an unsupported model, one that is prepared already, or a layer that cannot be
-            quantized.
+            quantized or fused.
     """
     if not isinstance(config, QATConfig):
         raise ConfigError(
@@ -51,14 +58,16 @@ def prepare(model: nn.Module, config: QATConfig) -> nn.Module:
     linears = list(iter_linears(model, family))
     for name, _, module in linears:
         _check_linear(name, module, config)
+    if fused:
+        check_fusable(model, family, config)
     compat.own_config(model)
     compat.restore_rotary(model)
     for _, short, module in linears:
-        spec = LinearSpec.from_config(config, is_kv=short in family.kv_linears)
+        spec = _linear_spec(short, family, config, fused)
         if spec.enabled:
             QATLinear.adopt(module, spec)
-    _enable_serving_kv(model, family, config)
-    _set_state(model, State(PREPARED, config))
+    _connect(model, family, config, fused)
+    _set_state(model, State(PREPARED, config, fused))
     return model
 
 
@@ -67,6 +76,7 @@ def convert(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
     last forward.
 
     With `config`, a plain model is prepared first: round-to-nearest quantization without training.
+    Fused blocks stay fused.
 
     Raises:
         ConfigError: not prepared and no `config`; converted already; `config` differs from the
@@ -106,12 +116,18 @@ def convert(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
                 " model"
             )
         model.set_submodule(name, QuantizedLinear.from_qat(module))
-    _set_state(model, State(PACKED, config))
+    _set_state(model, State(PACKED, config, state is not None and state.fused))
     model.save_pretrained = _refuse_plain_save
     return model
 
 
-def swap_empty(model: nn.Module, config: QATConfig, bias_dtypes: Mapping[str, torch.dtype]) -> None:
+def swap_empty(
+    model: nn.Module,
+    config: QATConfig,
+    bias_dtypes: Mapping[str, torch.dtype],
+    *,
+    fused: bool = False,
+) -> None:
     """For loaders: make a meta model a converted one whose linears have buffers without data.
 
     Args:
@@ -119,17 +135,19 @@ def swap_empty(model: nn.Module, config: QATConfig, bias_dtypes: Mapping[str, to
     """
     config.check_packable()
     family = find_family(model)
+    if fused:
+        check_fusable(model, family, config)
     compat.own_config(model)
     with torch.device("meta"):
         for name, short, module in list(iter_linears(model, family)):
             _check_linear(name, module, config)
-            spec = LinearSpec.from_config(config, is_kv=short in family.kv_linears)
+            spec = _linear_spec(short, family, config, fused)
             linear = QuantizedLinear.empty(
                 module.in_features, module.out_features, spec, bias_dtype=bias_dtypes.get(name)
             )
             model.set_submodule(name, linear.train(module.training))
-    _enable_serving_kv(model, family, config)
-    _set_state(model, State(PACKED, config))
+    _connect(model, family, config, fused)
+    _set_state(model, State(PACKED, config, fused))
     model.save_pretrained = _refuse_plain_save
 
 
@@ -154,8 +172,16 @@ def _check_linear(name: str, module: nn.Module, config: QATConfig) -> None:
         )
 
 
-def _enable_serving_kv(model: nn.Module, family: Family, config: QATConfig) -> None:
-    if config.kv.enabled and config.kv_mode == "serving":
+def _linear_spec(short: str, family: Family, config: QATConfig, fused: bool) -> LinearSpec:
+    # In fused blocks the rotary embedding quantizes K and V, in either mode.
+    return LinearSpec.from_config(config, is_kv=short in family.kv_linears and not fused)
+
+
+def _connect(model: nn.Module, family: Family, config: QATConfig, fused: bool) -> None:
+    """What lies between the quantized linears: fused blocks, or quantized K and V in attention."""
+    if fused:
+        fuse_blocks(model, family, config)
+    elif config.kv.enabled and config.kv_mode == "serving":
         attentions = [
             block.get_submodule(family.attention) for _, block in iter_blocks(model, family)
         ]

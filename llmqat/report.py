@@ -11,16 +11,18 @@ from llmqat.errors import ConfigError
 from llmqat.models import compat
 from llmqat.models.families import find_family, iter_blocks, iter_linears
 from llmqat.nn.attention import ATTENTION_NAME, MODULE_ATTRIBUTE
+from llmqat.nn.fused import FUSED_PARTS, FusedDecoderLayer
 from llmqat.nn.linear import QATLinear, QuantizedLinear
 from llmqat.state import PACKED, state_of
 
 KEPT = "kept"
 QUANTIZED = "quantized"
+FUSED = "fused"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One module: full name, class, `quantized` or `kept`, and how or why."""
+    """One module: full name, class, `quantized`, `fused` or `kept`, and how or why."""
 
     name: str
     kind: str
@@ -30,7 +32,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """One entry per module without children, and one per attention module."""
+    """One entry per module without children, one per attention module and one per fused block."""
 
     stage: str
     setting: str
@@ -52,9 +54,10 @@ class ConversionReport:
             key = (short, entry.kind, entry.status, entry.detail)
             groups[key] = groups.get(key, 0) + 1
         widths = [max(len(key[i]) for key in groups) for i in range(3)]
+        fused = f", {self.count(FUSED)} blocks fused" if self.count(FUSED) else ""
         lines = [
             f"{self.stage} {self.setting}: {self.count(QUANTIZED)} quantized, {self.count(KEPT)}"
-            " kept"
+            f" kept{fused}"
         ]
         for (short, kind, status, detail), count in groups.items():
             cells = "  ".join(
@@ -77,8 +80,10 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         )
     config, family = state.config, find_family(model)
     linears = {name: short for name, short, _ in iter_linears(model, family)}
-    attentions = {f"{prefix}.{family.attention}" for prefix, _ in iter_blocks(model, family)}
-    _check_attention_function(model, config)
+    blocks = {name for name, _ in iter_blocks(model, family)}
+    attentions = {f"{name}.{family.attention}" for name in blocks}
+    if not state.fused:
+        _check_attention_function(model, config)
     entries = []
     for name, module in model.named_modules():
         if name in linears:
@@ -86,7 +91,9 @@ def conversion_report(model: nn.Module) -> ConversionReport:
                 _linear_entry(name, module, config, linears[name] in family.kv_linears, state.stage)
             )
         elif name in attentions:
-            entries.append(_attention_entry(name, module, config))
+            entries.append(_attention_entry(name, module, config, state.fused))
+        elif name in blocks and state.fused:
+            entries.append(_block_entry(name, module))
         elif not any(True for _ in module.children()):
             entries.append(Entry(name, type(module).__name__, KEPT, _reason(name, module, model)))
     return ConversionReport(state.stage, config.setting, tuple(entries))
@@ -105,7 +112,22 @@ def _linear_entry(
     return Entry(name, kind, KEPT, f"{config.setting} leaves it in full precision")
 
 
-def _attention_entry(name: str, module: nn.Module, config: QATConfig) -> Entry:
+def _block_entry(name: str, module: nn.Module) -> Entry:
+    kind = type(module).__name__
+    parts = {
+        name: (module, FusedDecoderLayer),
+        **{f"{name}.{child}": (getattr(module, child), cls) for child, cls in FUSED_PARTS.items()},
+    }
+    for part, (found, expected) in parts.items():
+        if not isinstance(found, expected):
+            raise ConfigError(
+                f"{part}: the model is fused, but this is a {type(found).__name__}; prepare a fresh"
+                " model"
+            )
+    return Entry(name, kind, FUSED, "norms, RoPE and SwiGLU write the codes that the linears read")
+
+
+def _attention_entry(name: str, module: nn.Module, config: QATConfig, fused: bool) -> Entry:
     kind = type(module).__name__
     if not config.kv.enabled:
         return Entry(name, kind, KEPT, f"K and V: kv_bits {config.kv_bits} is off")
@@ -114,9 +136,10 @@ def _attention_entry(name: str, module: nn.Module, config: QATConfig) -> Entry:
             name,
             kind,
             QUANTIZED,
-            f"KV{config.kv_bits} before RoPE, per token (outputs of k_proj, v_proj)",
+            f"KV{config.kv_bits} before RoPE, per token"
+            + ("" if fused else " (outputs of k_proj, v_proj)"),
         )
-    if getattr(module, MODULE_ATTRIBUTE, None) is None:
+    if not fused and getattr(module, MODULE_ATTRIBUTE, None) is None:
         raise ConfigError(
             f"{name}: {config.setting} asks for quantized K and V, but it has no quantizer"
         )

@@ -19,14 +19,19 @@ STATE_ATTRIBUTE = "llmqat_state"
 
 @dataclass(frozen=True)
 class State:
-    """What was done to a model: its stage (`prepared` or `packed`) and settings."""
+    """What was done to a model: its stage (`prepared` or `packed`), settings, and whether its
+    blocks are fused.
+    """
 
     stage: str
     config: QATConfig
+    fused: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The `llmqat` entry of config.json."""
-        return {"spec": SPEC_VERSION, "stage": self.stage, **self.config.to_dict()}
+        # Only where it says something: versions without fused blocks read all others.
+        fused = {"fused": True} if self.fused else {}
+        return {"spec": SPEC_VERSION, "stage": self.stage, **fused, **self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> State:
@@ -37,6 +42,7 @@ class State:
             raise ConfigError(f"llmqat: expected an object, got {type(values).__name__}")
         fields = dict(values)
         spec, stage = fields.pop("spec", None), fields.pop("stage", None)
+        fused = fields.pop("fused", False)
         if spec != SPEC_VERSION:
             raise ConfigError(
                 f"llmqat.spec: {str(spec)[:40]!r} is unknown; this version reads {SPEC_VERSION!r}"
@@ -45,7 +51,11 @@ class State:
             raise ConfigError(
                 f"llmqat.stage: {str(stage)[:40]!r} is unknown; expected {PREPARED!r} or {PACKED!r}"
             )
-        return cls(stage, QATConfig.from_dict(fields))
+        if not isinstance(fused, bool):
+            raise ConfigError(
+                f"llmqat.fused: {str(fused)[:40]!r} is unknown; expected true or false"
+            )
+        return cls(stage, QATConfig.from_dict(fields), fused)
 
 
 def state_of(model: nn.Module) -> State | None:

@@ -31,12 +31,24 @@ def test_the_kernel_block_runs():
     assert scope["y"].shape == (8, 64)
 
 
+def test_the_module_block_runs():
+    scope: dict = {}
+    exec(compile(BLOCKS[2], "README.md", "exec"), scope)
+    assert scope["q"].shape == scope["stream"].shape == (2, 8, 64)
+
+
 def test_every_block_is_tested():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
-@pytest.mark.parametrize("name", ["quickstart.py"])
-def test_examples_run(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("quickstart.py", r"packed model continues \[5, 6, 7\]"),
+        ("drop_in.py", r"LLaMA of Hugging Face: loss 3\.\d+ -> 2\.\d+\nown: loss 4\.\d+ -> 0\.0"),
+    ],
+)
+def test_examples_run(name, says, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), str(tmp_path)],
         capture_output=True,
@@ -44,4 +56,8 @@ def test_examples_run(name, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "packed model continues" in done.stdout
+    assert re.search(says, done.stdout)
+
+
+def test_the_drop_in_example_is_short():
+    assert len((ROOT / "examples" / "drop_in.py").read_text().splitlines()) < 80

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,15 +272,17 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
             for name, info in checkpoint.tensors.items()
             if name.endswith(".bias")
         }
-        swap_empty(model, checkpoint.packed, biases)
+        fused = checkpoint.state is not None and checkpoint.state.fused
+        where = str(checkpoint.folder / CONFIG)
+        _with_context(where, partial(swap_empty, fused=fused), model, checkpoint.packed, biases)
     return model
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
-    state = dict(_read_model(model, checkpoint, dtype))
+    tensors = dict(_read_model(model, checkpoint, dtype))
     if checkpoint.arch.tied:
-        state[HEAD] = state[EMBEDDING]
-    model.load_state_dict(state, strict=True, assign=True)
+        tensors[HEAD] = tensors[EMBEDDING]
+    model.load_state_dict(tensors, strict=True, assign=True)
     if checkpoint.arch.tied:
         compat.tie_head(model)
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -287,8 +290,10 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -
         raise CheckpointError(
             f"{checkpoint.folder}: no data for {left[0]}; write the checkpoint again"
         )
-    if checkpoint.state is not None and checkpoint.state.stage == PREPARED:
-        _with_context(str(checkpoint.folder / CONFIG), prepare, model, checkpoint.state.config)
+    state = checkpoint.state
+    if state is not None and state.stage == PREPARED:
+        where = str(checkpoint.folder / CONFIG)
+        _with_context(where, partial(prepare, fused=state.fused), model, state.config)
 
 
 def _read_model(

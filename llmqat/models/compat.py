@@ -19,8 +19,31 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    eager_attention_forward,
+)
 
 from llmqat.errors import ConfigError
+
+__all__ = [
+    "LlamaAttention",
+    "LlamaDecoderLayer",
+    "attention_function",
+    "attention_name",
+    "build_llama",
+    "generation_config",
+    "generation_fields",
+    "keep_blocks_whole",
+    "own_config",
+    "register_attention",
+    "restore_rotary",
+    "sdpa_attention",
+    "set_attention",
+    "tie_head",
+]
 
 
 def sdpa_attention(
@@ -54,6 +77,20 @@ def set_attention(model: nn.Module, name: str) -> None:
 def attention_name(model: nn.Module) -> str | None:
     """The attention function that the model uses."""
     return model.config._attn_implementation
+
+
+def attention_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that an attention module's config selects: sdpa, eager, flash, ..."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention.config._attn_implementation, eager_attention_forward
+    )
+
+
+def keep_blocks_whole(model: nn.Module, block: str) -> None:
+    """Tell device maps and sharded training that `block` is the class name of the blocks."""
+    for module in model.modules():
+        if getattr(module, "_no_split_modules", None):
+            module._no_split_modules = {block}
 
 
 def own_config(model: nn.Module) -> None:

@@ -15,13 +15,14 @@ from llmqat.errors import ConfigError
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one architecture. Paths are relative to the model (`blocks`) or to one block (the
-    rest).
+    """Names of one architecture. Paths are relative to the model (`blocks`, and `norm`, the last
+    one) or to one block (the rest).
     """
 
     name: str
     architecture: str
     blocks: str
+    norm: str
     linears: tuple[str, ...]
     attention: str
     kv_linears: tuple[str, ...]
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         name="llama",
         architecture="LlamaForCausalLM",
         blocks="model.layers",
+        norm="model.norm",
         linears=(
             "self_attn.q_proj",
             "self_attn.k_proj",

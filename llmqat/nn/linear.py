@@ -11,18 +11,17 @@ precision (fp32 masters), never from an autocast copy.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import llmqat_kernels as qk
 from llmqat.config import QATConfig, QuantSpec
 from llmqat.errors import ConfigError
+from llmqat_kernels import nn as qnn
 
 _SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _OFF = QuantSpec(16)
@@ -59,6 +58,14 @@ class LinearSpec:
         """Precision to which weight scales are rounded."""
         return _SCALE_DTYPES[self.weight.scale_dtype]
 
+    @property
+    def bits(self) -> qnn.LinearBits:
+        """Widths and options of the integer product, where both operands are quantized."""
+        weight = self.weight
+        return qnn.LinearBits(
+            weight.bits, self.activation.bits, weight.group_size, self.scale_dtype, self.ste_clip
+        )
+
     def describe(self) -> str:
         """`W4A8`, with the group size and the output bits where there are any."""
         text = f"W{self.weight.bits}A{self.activation.bits}"
@@ -67,58 +74,21 @@ class LinearSpec:
         return text + (f" out{self.output.bits}" if self.output.enabled else "")
 
 
-def _autocast_input(x: Tensor) -> Tensor:
-    device = x.device.type
-    if x.is_floating_point() and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
-
 def _quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
     if not spec.output.enabled:
         return y
     return qk.fake_quantize(y, spec.output.bits, ste_clip=spec.ste_clip)
 
 
-# Optimizers may write parameters without telling autograd (`p.data`, fused kernels of other
-# packages), which
-# leaves the version counter alone. Every `Optimizer.step` therefore starts a new epoch, and old
-# codes with it.
-_optimizer_epoch = 0
-
-
-def _next_epoch(*_: Any) -> None:
-    global _optimizer_epoch
-    _optimizer_epoch += 1
-
-
-_epoch_hook = register_optimizer_step_post_hook(_next_epoch)
-
-
-@dataclass(frozen=True)
-class _CachedCodes:
-    """Weight codes and what they were computed from."""
-
-    weight: weakref.ref[Tensor]
-    key: tuple[int, ...]
-    codes: Tensor
-    scale: Tensor
-
-
-class QATLinear(nn.Linear):
-    """An `nn.Linear` that trains through quantization; parameter names are unchanged (spec 6, 7).
-
-    The codes of the weight are computed once per value of the weight and shared by micro-batches,
-    activation checkpointing and backward. They are found stale by tensor, address, version counter
-    and optimizer steps; after writing through `weight.data` in any other way call
-    :func:`clear_weight_cache`. While torch.compile traces, nothing is cached.
+class QATLinear(qnn.QATLinear):
+    """The trained linear of `llmqat_kernels.nn`, with every setting of the method (spec 6, 7):
+    weights or activations left in floats, and the output quantizer of the `paper` KV mode.
     """
 
     spec: LinearSpec
-    _cached: _CachedCodes | None
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, spec: LinearSpec) -> QATLinear:
+    def adopt(cls, linear: nn.Linear, spec: LinearSpec) -> QATLinear:  # type: ignore[override]
         """Turn `linear` itself into a QATLinear: same object, parameters, hooks and names.
 
         Raises:
@@ -131,62 +101,22 @@ class QATLinear(nn.Linear):
             raise ConfigError(
                 f"group_size: {group} does not divide the {linear.in_features} input columns"
             )
-        linear.__class__ = cls
-        adopted: QATLinear = linear
-        adopted.spec = spec
-        adopted._cached = None
-        return adopted
+        return qnn.become(linear, cls, spec=spec, _weight_codes=qnn.WeightCodes())
 
-    def weight_codes(self) -> tuple[Tensor, Tensor]:
-        """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec
-        3, 4).
+    @property
+    def bits(self) -> qnn.LinearBits:
+        """Widths and options of the integer product."""
+        return self.spec.bits
+
+    def forward(self, x: Tensor | qnn.QuantizedRows | qnn.GatedRows) -> Tensor:
+        """x float [..., K] or rows of that shape -> [..., N] in x's dtype (for a float x under
+        autocast: the autocast dtype).
         """
-        weight = self.weight
-        if torch.compiler.is_compiling() or weight.is_meta or weight.is_inference():
-            return self._quantize_weight()
-        key = (_optimizer_epoch, weight._version, weight.data_ptr())
-        cached = self._cached
-        if cached is not None and cached.weight() is weight and cached.key == key:
-            return cached.codes, cached.scale
-        # Codes made under inference_mode could not be saved for a later backward.
-        with torch.inference_mode(False):
-            codes, scale = self._quantize_weight()
-        self._cached = _CachedCodes(weakref.ref(weight), key, codes, scale)
-        return codes, scale
-
-    def _quantize_weight(self) -> tuple[Tensor, Tensor]:
-        weight = self.spec.weight
-        return qk.quantize(
-            self.weight.detach(),
-            weight.bits,
-            group_size=weight.group_size,
-            scale_dtype=self.spec.scale_dtype,
-        )
-
-    def clear_cache(self) -> None:
-        """Forget the weight codes."""
-        self._cached = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x float [..., K] -> [..., N] in x's dtype (the autocast dtype under autocast)."""
         spec = self.spec
-        x = _autocast_input(x)
         if spec.weight.enabled and spec.activation.enabled:
-            codes, scale = self.weight_codes()
-            y = qk.qat_linear(
-                x,
-                self.weight,
-                self.bias,
-                w_bits=spec.weight.bits,
-                a_bits=spec.activation.bits,
-                group_size=spec.weight.group_size,
-                ste_clip=spec.ste_clip,
-                scale_dtype=spec.scale_dtype,
-                w_codes=codes,
-                w_scale=scale,
-            )
+            y = super().forward(x)
         else:
-            y = self._float_forward(x)
+            y = self._float_forward(qnn.autocast_input(x))
         return _quantize_output(y, spec)
 
     def _float_forward(self, x: Tensor) -> Tensor:
@@ -206,20 +136,7 @@ class QATLinear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.spec.describe()}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QATLinear:
-        self.clear_cache()
-        super()._apply(fn, recurse)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.clear_cache()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has another weight; a weak reference cannot be pickled.
-        return {**self.__dict__, "_cached": None}
+        return f"{nn.Linear.extra_repr(self)}, {self.spec.describe()}"
 
 
 def clear_weight_cache(model: nn.Module) -> None:
@@ -327,11 +244,22 @@ class QuantizedLinear(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x float [..., K] -> [..., N] in x's dtype (the autocast dtype under autocast)."""
+    @property
+    def bits(self) -> qnn.LinearBits:
+        """Widths and options of the integer product."""
+        return self.spec.bits
+
+    def forward(self, x: Tensor | qnn.QuantizedRows | qnn.GatedRows) -> Tensor:
+        """x float [..., K] or rows of that shape -> [..., N] in x's dtype (for a float x under
+        autocast: the autocast dtype).
+        """
         spec = self.spec
+        if isinstance(x, qnn.GatedRows):
+            x = x.quantize(spec.activation.bits)
+        if isinstance(x, qnn.QuantizedRows):
+            return _quantize_output(self._product(x), spec)
         y = qk.quantized_linear(
-            _autocast_input(x),
+            qnn.autocast_input(x),
             self.weight_codes,
             self.weight_scale,
             self.bias,
@@ -356,3 +284,35 @@ class QuantizedLinear(nn.Module):
             # another grid.
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def _product(self, rows: qnn.QuantizedRows) -> Tensor:
+        """The product of codes; like that of floats it has no gradient, and says so in backward."""
+        spec = self.spec
+        y = torch.ops.llmqat.quantized_matmul(
+            rows.codes,
+            rows.scale,
+            self.weight_codes,
+            self.weight_scale,
+            self.bias,
+            spec.weight.bits,
+            spec.weight.group_size,
+            rows.values.dtype,
+        )
+        if torch.is_grad_enabled() and rows.values.requires_grad:
+            y = _NoGradient.apply(y, rows.values)
+        return y
+
+
+class _NoGradient(torch.autograd.Function):
+    """Ties a result to what it was computed from, so that backward fails instead of skipping it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "a converted linear has no gradient: it is an inference form; call it under"
+            " torch.no_grad()"
+        )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import llmqat_kernels as qk
 from llmqat.nn import QATLinear
+from llmqat_kernels.nn import GatedRows, QuantizedRows
 from llmqat_kernels.spec.quantize import qmax
 
 __all__ = ["Count", "HealthMonitor", "clipped", "flipped", "saturated"]
@@ -116,10 +117,16 @@ class HealthMonitor:
                 handle.remove()
 
     def _hook(self, group: str) -> Any:
-        def count(layer: QATLinear, inputs: tuple[Tensor, ...]) -> None:
-            spec, x = layer.spec, inputs[0].detach()
+        def count(layer: QATLinear, inputs: tuple[Tensor | QuantizedRows | GatedRows, ...]) -> None:
+            spec, x = layer.spec, inputs[0]
+            if isinstance(x, GatedRows):
+                parts = GatedRows(*(part.detach() for part in x))
+                x = parts.quantize(spec.activation.bits, values=spec.ste_clip is not None)
             if spec.activation.enabled:
-                codes, _ = qk.quantize(x, spec.activation.bits)
+                if isinstance(x, QuantizedRows):
+                    x, codes, _ = x
+                else:
+                    codes, _ = qk.quantize(x.detach(), spec.activation.bits)
                 _add(
                     self._activations,
                     "activation_saturated",

@@ -162,7 +162,7 @@ def _build(
         )
     record["versions"] = _versions()
     settings = arguments.to_trainer(use_cpu=device.type == "cpu", report_to=_tracker())
-    prepare(student, config)
+    prepare(student, config, fused=arguments.fused)
     teacher = None
     if find_loss(arguments.loss).needs_teacher:
         dtype = getattr(torch, arguments.dtype)

@@ -8,8 +8,6 @@ import copy
 
 import pytest
 import torch
-from kv_codes import quantize_kv
-from tiny import random_tokens, tiny_llama
 from torch import nn
 
 import llmqat_kernels as qk
@@ -19,6 +17,8 @@ from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
 from llmqat.runtime.weights import fuse
+from tests.llmqat.kv_codes import quantize_kv
+from tests.llmqat.tiny import random_tokens, tiny_llama
 
 SEEDS = 1000
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

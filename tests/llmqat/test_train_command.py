@@ -177,6 +177,18 @@ def test_text_file_and_recipe(model, tmp_path, capsys):
     assert state_of(model).config.setting == "8-6-4"
 
 
+def test_fused_blocks(trained, model, data, tmp_path):
+    """The same curve up to rounding, and what is written goes on being fused."""
+    output = tmp_path / "out"
+    assert cli.main(_argv(model, data, output, "--fused", "--gradient-checkpointing")) == 0
+    student = llmqat.from_pretrained(output)
+    assert state_of(student).fused and not state_of(llmqat.from_pretrained(trained)).fused
+    curves = [read_metrics(folder / "metrics.jsonl") for folder in (output, trained)]
+    for mine, other in zip(*curves, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert mine.keys() == other.keys()  # health counts shared codes too
+
+
 def test_another_teacher(model, data, tmp_path):
     """With a teacher equal to the student but for its seed, the first loss is another one."""
     other = tmp_path / "other"

@@ -1,0 +1,158 @@
+"""The trained linear: integer forward, straight-through backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+import llmqat_kernels as qk
+
+from ..checks import check_bits, check_group_size
+from ..errors import InvalidArgumentType
+from .adoption import become
+from .rows import GatedRows, QuantizedRows, autocast_input
+from .weight_codes import WeightCodes
+
+
+@dataclass(frozen=True)
+class LinearBits:
+    """How one linear is quantized (spec 3, 6, 7).
+
+    Args:
+        w_bits: weights [N, K], 2..8. a_bits: inputs, per token, 2..8.
+        group_size: columns of a weight that share a scale; -1 for the whole row.
+        scale_dtype: precision to which weight scales are rounded, bfloat16 or float32.
+        ste_clip: gradients are zero where |x| >= ste_clip; None passes all.
+    """
+
+    w_bits: int
+    a_bits: int
+    group_size: int = -1
+    scale_dtype: torch.dtype = torch.bfloat16
+    ste_clip: float | None = None
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether backward compares the input's values with ``ste_clip``."""
+        return self.ste_clip is not None
+
+
+class TakesRows(Protocol):
+    """A linear that reads codes: :class:`QATLinear`, or a packed one."""
+
+    @property
+    def bits(self) -> LinearBits:
+        """What it wants to be fed."""
+
+    def __call__(self, x: Tensor | QuantizedRows | GatedRows, /) -> Tensor:
+        """[..., K] -> [..., N]."""
+
+
+class QATLinear(nn.Linear):
+    """An `nn.Linear` that trains through quantization; parameters and their names are unchanged.
+
+    It saves the int8 codes of its input for backward and nothing else; the weight's codes are
+    computed once per optimizer step (:class:`WeightCodes`).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of `nn.Linear`.
+        bits: widths and options.
+
+    Raises:
+        InvalidArgument: bits out of 2..8, or a group size that does not divide the columns.
+    """
+
+    _bits: LinearBits
+    _weight_codes: WeightCodes
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        bits: LinearBits,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check(in_features, bits)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._bits = bits
+        self._weight_codes = WeightCodes()
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, bits: LinearBits) -> Self:
+        """Turn `linear` itself into a QATLinear: same object, parameters, hooks and names.
+
+        Raises:
+            InvalidArgumentType: not exactly an `nn.Linear`. InvalidArgument: as the constructor.
+        """
+        if type(linear) is not nn.Linear:
+            raise InvalidArgumentType(
+                f"linear: expected a plain nn.Linear, got {type(linear).__name__}"
+            )
+        _check(linear.in_features, bits)
+        return become(linear, cls, _bits=bits, _weight_codes=WeightCodes())
+
+    @property
+    def bits(self) -> LinearBits:
+        """Widths and options."""
+        return self._bits
+
+    def weight_codes(self) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec
+        3, 4).
+        """
+        bits = self.bits
+        return self._weight_codes.get(self.weight, bits.w_bits, bits.group_size, bits.scale_dtype)
+
+    def clear_cache(self) -> None:
+        """Forget the weight codes, after writing the weight behind autograd's back."""
+        self._weight_codes.clear()
+
+    def forward(self, x: Tensor | QuantizedRows | GatedRows) -> Tensor:
+        """x float [..., K] or rows of that shape -> [..., N] in x's dtype (for a float x under
+        autocast: the autocast dtype).
+        """
+        bits = self.bits
+        codes, scale = self.weight_codes()
+        options: dict[str, Any] = {
+            "w_codes": codes,
+            "w_scale": scale,
+            "group_size": bits.group_size,
+            "ste_clip": bits.ste_clip,
+        }
+        if isinstance(x, QuantizedRows):
+            return qk.qat_matmul(*x, self.weight, self.bias, **options)
+        if isinstance(x, GatedRows):
+            return qk.silu_mul_qat_matmul(*x, self.weight, self.bias, a_bits=bits.a_bits, **options)
+        return qk.qat_linear(
+            autocast_input(x),
+            self.weight,
+            self.bias,
+            w_bits=bits.w_bits,
+            a_bits=bits.a_bits,
+            scale_dtype=bits.scale_dtype,
+            **options,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, W{self.bits.w_bits}A{self.bits.a_bits}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.clear_cache()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _check(in_features: int, bits: LinearBits) -> None:
+    check_bits("w_bits", bits.w_bits)
+    check_bits("a_bits", bits.a_bits)
+    check_group_size(in_features, bits.group_size)

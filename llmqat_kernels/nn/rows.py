@@ -1,0 +1,58 @@
+"""What a producer hands to the linears that read it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import llmqat_kernels as qk
+
+
+class QuantizedRows(NamedTuple):
+    """A float tensor [..., K] as its consumers see it (spec 19).
+
+    Attributes:
+        values: float [..., K]; carries shape, dtype and gradient. Its numbers are those of the
+            codes, or absent: one stored NaN, expanded (a gradient handle).
+        codes: int8 [..., K]. scale: fp32 [...].
+    """
+
+    values: Tensor
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def quantize(cls, x: Tensor, bits: int) -> QuantizedRows:
+        """Codes of a float x [..., K] that several linears will read; the gradient goes straight
+        through to x (spec 6).
+        """
+        x = autocast_input(x)
+        return cls(x, *qk.quantize(x.detach(), bits))
+
+
+class GatedRows(NamedTuple):
+    """``silu(gate) * up`` for the one linear that reads it, not computed yet (spec 14): backward
+    needs gate and up, so that linear keeps no codes beside them.
+
+    Attributes:
+        gate, up: float [..., K].
+    """
+
+    gate: Tensor
+    up: Tensor
+
+    def quantize(self, bits: int, *, values: bool = False) -> QuantizedRows:
+        """Its codes; without ``values`` they come with a gradient handle."""
+        return QuantizedRows(*qk.silu_mul_quantize_train(*self, bits, values=values))
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in the autocast dtype of its device, as `nn.Linear` would cast it; x itself without
+    autocast. The operators have fixed dtypes and do not know about autocast.
+    """
+    device = x.device.type
+    if x.is_floating_point() and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x

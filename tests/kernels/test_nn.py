@@ -1,0 +1,271 @@
+"""llmqat_kernels.nn: modules of a training loop that knows no model family."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import llmqat_kernels as qk
+from llmqat_kernels import nn as qnn
+from llmqat_kernels.errors import InvalidArgument, InvalidArgumentType
+from llmqat_kernels.spec import norm as spec
+from llmqat_kernels.testing import assert_within_ratio
+
+W4A8 = qnn.LinearBits(4, 8)
+CLIPPED = qnn.LinearBits(4, 8, ste_clip=1.0)
+
+
+def linear(k=24, n=10, bits=W4A8, **options):
+    return qnn.QATLinear(k, n, bits=bits, **options)
+
+
+def grads(output, inputs):
+    return torch.autograd.grad(
+        output, inputs, torch.sin(torch.arange(output.numel())).view_as(output)
+    )
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# Rows
+
+
+@pytest.mark.parametrize("bits", [W4A8, CLIPPED, qnn.LinearBits(4, 8, group_size=8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_the_float_input(backend, bits, dtype):
+    """A linear on rows equals the linear on what they stand for, forward and backward."""
+    layer = linear(bits=bits, dtype=dtype)
+    x = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
+    rows = qnn.QuantizedRows.quantize(x, 8)
+    inputs = [x, layer.weight, layer.bias]
+    expected, got = layer(x), layer(rows)
+    assert torch.equal(got, expected)
+    assert same(grads(got, inputs), grads(expected, inputs))
+
+
+def test_rows_keep_codes_only():
+    x = torch.randn(64, 24, requires_grad=True)
+    layer, kept = linear(), []
+    layer.weight_codes()
+    rows = qnn.QuantizedRows.quantize(x, 8)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(rows)
+    shapes = [(t.dtype, t.shape) for t in kept if t.numel() >= 64]
+    assert (torch.int8, x.shape) in shapes
+    assert not any(dtype.is_floating_point and shape == x.shape for dtype, shape in shapes)
+
+
+# Norms
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("bits", [W4A8, CLIPPED], ids=["handle", "values"])
+def test_norm_and_linears_are_their_operators(backend, with_residual, bits):
+    """The producer shares codes among consumers: the bits of the norm, then the linears."""
+    norm = qnn.QuantizedRMSNorm(24, bits, eps=1e-5)
+    layers = [linear(bits=bits) for _ in range(3)]
+    with torch.no_grad():
+        norm.weight.normal_()
+    x, residual = (torch.randn(2, 3, 24, requires_grad=True) for _ in range(2))
+    added = residual if with_residual else None
+    inputs = [x, norm.weight, *(layer.weight for layer in layers)] + [residual] * with_residual
+
+    rows, total = norm(x, added)
+    got = total + sum(layer(rows).mean() for layer in layers)
+    stream = x + residual if with_residual else x
+    y = qk.rms_norm(stream, norm.weight, 1e-5)
+    expected = stream + sum(layer(y).mean() for layer in layers)
+    assert torch.equal(got, expected)
+    for a, b in zip(grads(got, inputs), grads(expected, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_is_the_spec_and_its_gradient_the_real_one(backend, dtype):
+    norm = qnn.RMSNorm(40, eps=1e-5)
+    with torch.no_grad():
+        norm.weight.normal_()
+    x = torch.randn(3, 40, dtype=dtype, requires_grad=True)
+    y = norm(x)
+    assert torch.equal(y, spec.rms_norm(x, norm.weight, 1e-5))
+
+    def real(x, weight):
+        out = nn.functional.rms_norm(x, (40,), weight.to(x.dtype), 1e-5)
+        return grads(out, [x, weight])
+
+    wide = [t.detach().double().requires_grad_() for t in (x, norm.weight)]
+    for a, plain, exact in zip(
+        grads(y, [x, norm.weight]), real(x, norm.weight), real(*wide), strict=True
+    ):
+        assert_within_ratio(a, plain, exact, ratio=3.0)
+
+
+def test_norm_has_an_operator_with_autograd():
+    x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+    torch.library.opcheck(torch.ops.llmqat.rms_norm.default, (x, weight, 1e-5))
+
+
+# SwiGLU
+
+
+@pytest.mark.parametrize("bits", [W4A8, CLIPPED], ids=["handle", "values"])
+@pytest.mark.parametrize("form", ["float", "rows"])
+def test_swiglu_is_its_operators(backend, bits, form):
+    gate, up = (linear(24, 40, bits, bias=False) for _ in range(2))
+    down = linear(40, 24, bits)
+    mlp = qnn.QuantizedSwiGLU(gate, up, down)
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    got = mlp(x if form == "float" else qnn.QuantizedRows.quantize(x, 8))
+    y, _, _ = qk.silu_mul_quantize_train(gate(x), up(x), 8)
+    expected = down(y)
+    assert torch.equal(got, expected)
+    inputs = [x, *mlp.parameters()]
+    assert len(inputs) == 5
+    assert same(grads(got, inputs), grads(expected, inputs))
+
+
+# Attention
+
+
+@pytest.mark.parametrize("mode", ["paper", "serving"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("tables", ["shared", "per sequence", "full width"])
+def test_kv_is_rope_and_row_quantizer(backend, mode, bits, tables):
+    batch, length, heads, kv_heads, dim = 2, 5, 4, 2, 8
+    q = torch.randn(batch, length, heads * dim)
+    k, v = torch.randn(2, batch, length, kv_heads * dim)
+    positions = torch.stack([torch.arange(length), torch.arange(length) + 3])
+    if tables != "per sequence":
+        positions = positions[:1]
+    angles = positions[..., None] * torch.logspace(0, -2, dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def rotate(x):
+        c, s = cos[:, :, None], sin[:, :, None]
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * c + (-second) * s, second * c + first * s), -1)
+
+    def quantize(x):
+        rows = x.flatten(2) if mode == "paper" else x
+        return (qk.fake_quantize(rows, bits) if bits < 16 else rows).view(x.shape)
+
+    split = [x.view(batch, length, -1, dim) for x in (q, k, v)]
+    key = rotate(quantize(split[1])) if mode == "paper" else quantize(rotate(split[1]))
+    expected = rotate(split[0]), key, quantize(split[2])
+    if tables == "full width":
+        cos, sin = (torch.cat((t, t), -1) for t in (cos, sin))
+    got = qnn.QuantizedKV(dim, bits, mode)(q, k, v, cos, sin)
+    assert [tuple(t.shape) for t in got] == [
+        (batch, n, length, dim) for n in (heads, kv_heads, kv_heads)
+    ]
+    assert same(got, (t.transpose(1, 2) for t in expected))
+
+
+def test_kv_gradient_is_straight_through_and_turned_back():
+    q, k, v = (torch.randn(1, 3, 8, requires_grad=True) for _ in range(3))
+    angle = torch.randn(1, 3, 4)
+    kv = qnn.QuantizedKV(8, 4)
+    out = kv(q, k, v, angle.cos(), angle.sin())
+    upstream = [torch.randn_like(t) for t in out]
+    got = torch.autograd.grad(out, [q, k, v], upstream)
+    flat = [t.transpose(1, 2).flatten(2) for t in upstream]
+    plain = qnn.QuantizedKV(8, 16)(*flat, angle.cos(), -angle.sin())
+    for a, b in zip(got[:2], plain[:2], strict=True):
+        torch.testing.assert_close(a, b.transpose(1, 2).flatten(2))
+    assert torch.equal(got[2], flat[2])
+
+
+# The linear and its codes
+
+
+def test_adopted_modules_are_the_same_objects():
+    layer, norm = nn.Linear(8, 4), nn.LayerNorm(8, bias=False)
+    weight = layer.weight
+    assert qnn.QATLinear.adopt(layer, W4A8) is layer and layer.weight is weight
+    assert qnn.QuantizedRMSNorm.adopt(norm, W4A8, 1e-5) is norm
+    rows, _ = norm(torch.randn(3, 8))
+    assert layer(rows).shape == (3, 4)
+    assert "W4A8" in repr(layer) and "A8" in repr(norm)
+    assert "eps=1e-05" in repr(qnn.RMSNorm.adopt(nn.LayerNorm(8, bias=False), 1e-5))
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(InvalidArgumentType, match=r"linear: .*Conv1d"):
+        qnn.QATLinear.adopt(nn.Conv1d(1, 1, 1), W4A8)
+    for bits, name in (((1, 8), "w_bits"), ((4, 16), "a_bits"), ((4, 8, 5), "group_size")):
+        with pytest.raises(InvalidArgument, match=name):
+            linear(bits=qnn.LinearBits(*bits))
+    mlp = nn.Module()
+    mlp.gate_proj = linear()
+    with pytest.raises(InvalidArgumentType, match=r"mlp: up_proj"):
+        qnn.QuantizedSwiGLU.adopt(mlp)
+
+
+def test_codes_are_kept_until_the_weight_changes(monkeypatch):
+    layer, calls, real = linear(), [], qk.quantize
+    monkeypatch.setattr(qk, "quantize", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    for _ in range(3):
+        layer(torch.randn(2, 24)).sum().backward()
+    assert len(calls) == 1
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    fresh = real(layer.weight.detach(), 4, scale_dtype=torch.bfloat16)
+    assert same(layer.weight_codes(), fresh) and len(calls) == 2
+    layer.weight.data.neg_()
+    layer.clear_cache()
+    assert torch.equal(layer.weight_codes()[0], -fresh[0])
+
+
+def test_one_cache_knows_its_settings():
+    codes, weight = qnn.WeightCodes(), torch.randn(4, 16)
+    for bits, group, dtype in (
+        (4, -1, torch.bfloat16),
+        (8, -1, torch.bfloat16),
+        (8, 4, torch.float32),
+    ):
+        got = codes.get(weight, bits, group, dtype)
+        assert same(got, qk.quantize(weight, bits, group_size=group, scale_dtype=dtype))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_start_without_codes(copied):
+    layer = linear()
+    codes = layer.weight_codes()[0].clone()
+    clone = copied(layer)
+    clone.weight.data.neg_()
+    assert torch.equal(clone.weight_codes()[0], -codes)
+
+
+@pytest.mark.parametrize("module", ["norm", "rows", "linear"])
+def test_autocast_casts_the_input(module):
+    x = torch.randn(2, 24)
+    norm = qnn.QuantizedRMSNorm(24, W4A8)
+    with torch.autocast("cpu", torch.bfloat16):
+        if module == "linear":
+            assert linear()(x).dtype == torch.bfloat16
+        else:
+            rows = norm(x, x)[0] if module == "norm" else qnn.QuantizedRows.quantize(x, 8)
+            assert rows.values.dtype == linear()(rows).dtype == torch.bfloat16
+        assert norm(x)[1].dtype == qnn.RMSNorm(24)(x).dtype == torch.bfloat16
+
+
+def test_compile_fullgraph():
+    norm, layer = qnn.QuantizedRMSNorm(24, W4A8), linear(24, 24)
+    mlp = qnn.QuantizedSwiGLU(linear(24, 40), linear(24, 40), linear(40, 24))
+    parameters = [*norm.parameters(), *layer.parameters(), *mlp.parameters()]
+
+    def block(x):
+        rows, total = norm(x)
+        rows, total = norm(layer(rows), total)
+        return total + mlp(rows)
+
+    x = torch.randn(2, 24)
+    expected = block(x)
+    torch._dynamo.reset()
+    got = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(got, expected)
+    for a, b in zip(grads(got, parameters), grads(expected, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
