@@ -17,6 +17,7 @@ COMMANDS = {
     "generate-data": "let the teacher write its own training text",
     "train": "quantization-aware training with logits distillation",
     "eval": "perplexity of a full-precision, fake-quantized or packed model",
+    "quantize": "a packed checkpoint by a post-training method: rtn, smoothquant, gptq, ...",
     "export": "write a packed int4/int8 checkpoint (compressed-tensors layout)",
     "generate": "generate text from a checkpoint with the quantized KV cache",
     "info": "which backend runs each operator here, and why",
