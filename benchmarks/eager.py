@@ -4,6 +4,9 @@ package. Baselines only: not bit-exact, and no test relies on them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,3 +90,65 @@ def kl_loss(
     student = F.log_softmax((student_hidden @ student_head.T).float(), -1)
     entropy = -(teacher.exp() * teacher).sum(-1).mean()
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) + entropy
+
+
+def top_k_loss(
+    student_hidden: Tensor, head: Tensor, probabilities: Tensor, tokens: Tensor
+) -> Tensor:
+    """Soft cross entropy against stored probabilities; all logits at once."""
+    student = F.log_softmax((student_hidden @ head.T).float(), -1)
+    return -(probabilities.float() * student.gather(-1, tokens)).sum(-1).mean()
+
+
+def logits_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Soft cross entropy of logits that exist already."""
+    return F.cross_entropy(student_logits.float(), F.softmax(teacher_logits.float(), -1))
+
+
+def rope_fake_quantize(
+    k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, bits: int, pre_rope: bool
+) -> tuple[Tensor, Tensor]:
+    """k, v [n, Hkv, D] as attention reads them; cos, sin [n, 1, D / 2] of the tokens."""
+
+    def quantized(x: Tensor) -> Tensor:
+        return (
+            fake_quantize(x.flatten(1), bits).view(x.shape) if pre_rope else fake_quantize(x, bits)
+        )
+
+    if pre_rope:
+        return rotate(quantized(k), cos, sin), quantized(v)
+    return quantized(rotate(k, cos, sin)), quantized(v)
+
+
+def integer_groups(
+    a: Tensor, w: Tensor, multiplier: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The product by one ``torch._int_mm`` a group; ``scale`` is the scales' outer product."""
+    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32, device=a.device)
+    for group in range(multiplier.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        part = torch._int_mm(a[:, columns].contiguous(), w[:, columns].contiguous().T)
+        total += part * multiplier[:, group].int()
+    return (total.float() * scale).to(dtype)
+
+
+class PaperFakeQuantize(torch.autograd.Function):
+    """The paper's quantizer (LLM-QAT Eq. 3), one torch operation after the other in the tensor's
+    own dtype, straight-through.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        alpha = x.abs().amax(-1, keepdim=True).clamp(min=1e-20) / (2 ** (bits - 1) - 1)
+        return torch.round(x / alpha) * alpha
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a function of tensors, at the sizes it is called with; an error where a
+    part of it would run eagerly. Compiling is part of the first call.
+    """
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")

@@ -1,16 +1,21 @@
-"""Reference against every CPU instruction set, in bulk: codes, scales, packed bytes, accumulators.
-0 differences is the bar.
+"""Reference against every CPU instruction set, in bulk: codes, scales, packed bytes, accumulators;
+or against the Triton backend, in many small cases of every exact operator. 0 differences is the
+bar.
 
     python -m benchmarks.equality [--elements 50000000] [--save]
+    python -m benchmarks.equality --backend triton [--cases 5500] [--save]
+    python -m benchmarks.equality --backend triton --device cuda --seconds 90 [--save]
 
-Row inputs mix magnitudes, exact ties, denormals, zero, NaN and Inf rows, in fp32, bf16 and fp16;
-GEMM operands include the
-worst case (every code at its limit) up to K = 28,672.
+Triton runs in its interpreter, or with --device cuda on the device; its cases are those of
+benchmarks/differential.py. Row inputs of the CPU's mix magnitudes, exact ties, denormals, zero, NaN
+and Inf rows, in fp32, bf16 and fp16; GEMM operands include the worst case (every code at its limit)
+up to K = 28,672.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections import Counter
 
@@ -18,7 +23,7 @@ import torch
 from torch import Tensor
 
 import llmqat_kernels as qk
-from benchmarks.timing import save
+from benchmarks.timing import require_device, save
 from llmqat_kernels import native
 from llmqat_kernels.spec import int4, linear
 from llmqat_kernels.spec import quantize as rows
@@ -92,33 +97,79 @@ def run(isa: str, elements: int) -> dict[str, int]:
     return dict(count)
 
 
-def main() -> None:
-    """Print the table; exit 1 on any difference."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--elements", type=int, default=50_000_000, help="row elements per instruction set"
-    )
-    parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/equality.json"
-    )
-    args = parser.parse_args()
+def cpu_backend(elements: int, save_it: bool) -> int:
+    """Every instruction set; the exit status."""
     results, checked = {}, ("codes", "scales", "dequantized", "packed bytes", "accumulators")
     print("| instruction set | elements | ties | accumulators | differences | seconds |")
     print("|---|---|---|---|---|---|")
     for isa in native.supported_isas():
         start = time.monotonic()
-        count = run(isa, args.elements)
+        count = run(isa, elements)
         wrong = sum(count.get(key, 0) for key in checked)
         results[isa] = {**count, "differences": wrong}
         print(
             f"| {isa} | {count['elements']:,} | {count['ties']:,} |"
             f" {count['accumulators compared']:,} | {wrong} | {time.monotonic() - start:.0f} |"
         )
-    if args.save:
+    if save_it:
         save("equality", {"instruction_sets": results})
-    raise SystemExit(any(r["differences"] for r in results.values()))
+    return int(any(r["differences"] for r in results.values()))
+
+
+CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
+
+
+def triton_backend(args: argparse.Namespace, device: torch.device) -> int:
+    """Random cases on the device, or in the interpreter on a CPU; the exit status."""
+    os.environ["TRITON_INTERPRET"] = "0" if device.type == "cuda" else "1"
+    from benchmarks import differential  # Triton reads the variable when a kernel is defined
+
+    torch.set_num_threads(1)
+    result = differential.run(args.cases, device, args.seed, args.seconds, CLOCKS[args.clock])
+    where = "on the device" if device.type == "cuda" else "in the interpreter"
+    print(
+        f"{result['cases']:,} cases {where}, {result['shapes']:,} shapes,"
+        f" {result['differences']} differences, {result['batch_checks']:,} batch checks,"
+        f" {result['cases_per_minute']:,.0f} cases a minute"
+    )
+    for op, reason in result["left_out"].items():
+        print(f"{op}: not compared ({reason})")
+    print("\n".join(result["failures"]))
+    if args.save:
+        name = "equality_triton" + ("_cuda" if device.type == "cuda" else "")
+        print(save(name, {"seed": args.seed, "clock": args.clock, **result}, device))
+    return int(result["differences"] > 0 or result["cases"] == 0)
+
+
+def main() -> None:
+    """Print the table; exit 1 on any difference."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backend", default="cpu", choices=("cpu", "triton"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of triton")
+    parser.add_argument(
+        "--elements", type=int, default=50_000_000, help="row elements per instruction set"
+    )
+    parser.add_argument("--cases", type=int, default=5500, help="of triton")
+    parser.add_argument("--seed", type=int, default=0, help="of triton's first case")
+    parser.add_argument("--seconds", type=float, help="stop triton's cases after this time")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=tuple(CLOCKS),
+        help="of triton; cpu: processor seconds, for a machine that is not quiet",
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/equality*.json"
+    )
+    args = parser.parse_args()
+    if args.backend == "triton":
+        device = require_device(args.device)
+        raise SystemExit(triton_backend(args, device))
+    if args.device != "cpu":
+        parser.error("--device cuda: only --backend triton runs there")
+    raise SystemExit(cpu_backend(args.elements, args.save))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,18 @@ ENTRIES: tuple[Entry, ...] = (
 )
 
 NOT_ON_ITS_OWN = {
-    "fake_quantize_backward": "in fake_quantize; without ste_clip the gradient passes unchanged",
-    "int_matmul": "the accumulators of quantized_linear, exposed for tests",
-    "quantized_matmul": "quantized_linear is quantize and this",
+    "fake_quantize_backward": "in fake_quantize with a clipped gradient; otherwise nothing runs",
+    "int_matmul": "the accumulators of quantized_matmul, exposed for tests",
+    "qat_matmul_backward_input": "in qat_matmul and qat_linear, forward and backward",
+    "qat_matmul_backward_weight": "in qat_matmul and qat_linear, forward and backward",
+    "quantize_integer_groups": "once an optimizer step; the product is integer_group_matmul",
     "repack_weight": "runs once, when a model is loaded",
     "rms_norm": "the first half of rms_norm_quantize",
-    "rms_norm_quantize_train": "rms_norm_quantize that also writes y",
+    "rms_norm_backward": "in rms_norm_quantize_train, forward and backward",
     "silu_mul": "the first half of silu_mul_quantize",
-    "silu_mul_quantize_train": "silu_mul_quantize that also writes y",
-    "rope": "in rope_quantize_append",
+    "silu_mul_qat_matmul": "silu_mul_quantize_train and qat_matmul, without keeping codes",
+    "silu_mul_backward": "in silu_mul_quantize_train, forward and backward",
+    "rope": "in rope_quantize_append and rope_fake_quantize",
 }
 
 
@@ -69,9 +72,11 @@ def op_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(entry.op for entry in ENTRIES))
 
 
-def cases(ops: Sequence[str] | None = None, quick: bool = False) -> Iterator[Case]:
-    """The rows of the table; of some operators only, and with ``quick`` the first shape and dtype
-    of each entry.
+def cases(
+    ops: Sequence[str] | None = None, quick: bool = False, device_type: str = "cpu"
+) -> Iterator[Case]:
+    """The rows of the table on a type of device; of some operators only, and with ``quick`` the
+    first shape and dtype of each entry.
 
     Raises:
         InvalidArgument: an operator that has no entry.
@@ -81,9 +86,12 @@ def cases(ops: Sequence[str] | None = None, quick: bool = False) -> Iterator[Cas
             elsewhere = NOT_ON_ITS_OWN.get(op)
             hint = f"its time: {elsewhere}" if elsewhere else f"use {', '.join(op_names())}"
             raise InvalidArgument(f"op: {op!r} has no entry; {hint}")
+        if not any(e.op == op and e.grid(device_type).shapes for e in ENTRIES):
+            raise InvalidArgument(f"op: {op!r} has no sizes on {device_type}; use another --device")
     for entry in ENTRIES:
         if ops and entry.op not in ops:
             continue
-        for shape in entry.shapes[:1] if quick else entry.shapes:
-            for dtype in entry.dtypes[:1] if quick else entry.dtypes:
+        grid = entry.grid(device_type)
+        for shape in grid.shapes[:1] if quick else grid.shapes:
+            for dtype in grid.dtypes[:1] if quick else grid.dtypes:
                 yield Case(entry, shape, dtype)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.report [--check]
 
-README's table comes from benchmarks/results/*.json, between the markers `<!-- figures -->` and
-`<!-- /figures -->`; the report of `make demo` is copied there first. The tables of
-docs/benchmarks.md come from the newest rows of benchmarks/results/<device>.csv. A figure without a
-file says so, and a missed bar is marked. `--check` writes nothing and exits with 1 if a page is
-stale.
+README's tables come from benchmarks/results/*.json and, for the GPU, from cuda.csv too
+(benchmarks/gpu_figures.py), between the markers `<!-- figures -->` and `<!-- /figures -->`; the
+report of `make demo` is copied there first. The tables of docs/benchmarks.md come from the newest
+rows of benchmarks/results/<device>.csv. A figure without a file says so, and a missed bar is
+marked. `--check` writes nothing and exits with 1 if a page is stale.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_figures
 from benchmarks.registry import cases
 from benchmarks.run import OURS, table_head, table_line
 from benchmarks.timing import RESULTS, save
@@ -174,7 +175,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def figures(results: Path) -> str:
-    """README's table, and where it was measured."""
+    """README's tables, and where they were measured."""
     lines = ["| figure | bar | measured | command |", "|---|---|---|---|"]
     machines: dict[str, dict[str, None]] = {}
     for figure in FIGURE_LIST:
@@ -197,7 +198,7 @@ def figures(results: Path) -> str:
         lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{command}` |")
     places = (f"{machine}, commits {', '.join(c)}" for machine, c in machines.items())
     where = f"\n\nMeasured on {'; '.join(places)}." if machines else ""
-    return "\n".join(lines) + where
+    return "\n".join(lines) + where + "\n\n" + gpu_figures.table(results, read_result)
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -240,7 +241,9 @@ def newest(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[Any, li
 def kernel_tables(results: Path) -> str:
     """One table for each machine that a results file knows, in the registry's order."""
     order = [
-        (case.entry.op, case.entry.variant, case.shape.label, case.dtype_name) for case in cases()
+        (case.entry.op, case.entry.variant, case.shape.label, case.dtype_name)
+        for device in ("cpu", "cuda")
+        for case in cases(device_type=device)
     ]
     parts: list[str] = []
     for path in sorted(results.glob("*.csv")):
@@ -253,16 +256,23 @@ def kernel_tables(results: Path) -> str:
             commits = dict.fromkeys(group[0]["commit"] for group in groups)
             dates = sorted({group[0]["time"][:10] for group in groups})
             label = dict(zip(MACHINE, machine, strict=True))
-            title = (
-                f"{label['processor']} {label['isa']}".strip()
-                + f", {label['threads']} thread(s), {label['clock']} clock"
-            )
+            title = f"{label['processor']} {label['isa']}".strip()
+            first = groups[0][0]
+            if first.get("cuda"):
+                title += f", CUDA {first['cuda']}, driver {first['driver']}"
+                title += f", triton {first['triton']}"
+            else:
+                title += f", {label['threads']} thread(s), {label['clock']} clock"
             head = (
                 f"### {title}\n\nCommit {', '.join(commits)}, torch {groups[0][0]['torch']},"
                 f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
             )
             parts.append("\n".join([head, "", table_head(), *map(table_line, groups)]))
-    return "\n\n".join(parts) if parts else f"Rows: {MISSING} (`make bench`)."
+    if not parts:
+        parts.append(f"Rows: {MISSING} (`make bench`).")
+    if not (results / "cuda.csv").exists():
+        parts.append(f"GPU rows: {gpu_figures.MISSING} (`{gpu_figures.RUN}`).")
+    return "\n\n".join(parts)
 
 
 def between(page: str, markers: tuple[str, str], content: str) -> str:

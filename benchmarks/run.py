@@ -3,9 +3,11 @@
     python -m benchmarks.run [--op NAME ...] [--device cpu|cuda] [--threads 1] [--quick] [--list]
 
 A row is timed only after its outputs equal the reference backend's. The op and its baselines take
-turns in one process, so a ratio holds when the machine's speed drifts. Rows are appended to
-benchmarks/results/<device>.csv (not with --quick); `python -m benchmarks.report` turns them into
-docs/benchmarks.md. Exit status 1 if a row failed its gate.
+turns in one process, so a ratio holds when the machine's speed drifts; on a CUDA device as
+benchmarks/cuda.py says. Rows are appended to benchmarks/results/<device>.csv (not with --quick);
+`python -m benchmarks.report` turns them into docs/benchmarks.md. With --budget no row starts after
+that many seconds, and those left out are named. Exit status 1 if a row failed its gate, or without
+the device.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import io
 import os
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from benchmarks.entry import Job, check_baselines
+from benchmarks import cuda, optional
+from benchmarks.entry import Job, check_baselines, with_optional
 from benchmarks.registry import Case, cases
 from benchmarks.roofline import Roofline, describe, measure, repeated, repetitions
 from benchmarks.timing import (
@@ -35,6 +40,7 @@ from benchmarks.timing import (
     cuda_seconds,
     environment,
     interleaved,
+    require_device,
     summary,
     wall_seconds,
 )
@@ -48,9 +54,10 @@ COLUMNS = (
     *WHERE,
     *("op", "variant", "shape", "dtype", "backend", "candidate", "p50_us", "p20_us", "p80_us"),
     *("bytes", "flops", "int_ops", "gb_per_s", "gop_per_s", "bound", "percent_of_bound"),
-    *("ratio", "gate"),
+    *("ratio", "gate", "triton", "cuda", "driver", "timing", "copies", "peak_bytes"),
 )
-"""``ratio``: a baseline's time over ours, the median of the rounds; above 1 we are faster."""
+"""``ratio``: a baseline's time over ours, the median of the rounds; above 1 we are faster. The last
+three on a GPU: ``graph`` or ``events``, copies of the inputs, memory of one call."""
 CLOCKS: dict[str, Timer] = {"wall": wall_seconds, "cpu": cpu_seconds}
 Row = dict[str, Any]
 
@@ -64,18 +71,58 @@ def times(job: Job, timer: Timer, rounds: int, seconds: float) -> dict[str, list
     return {name: [t / counts[name] for t in values] for name, values in measured.items()}
 
 
-def rows_of(
-    case: Case, backend: str, measured: Mapping[str, list[float]], roofline: Roofline
-) -> list[Row]:
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one call by candidate and round; on a GPU also how it was timed, the copies of
+    the inputs and the memory of one call.
+    """
+
+    seconds: Mapping[str, list[float]]
+    timing: Mapping[str, str] = field(default_factory=dict)
+    copies: int | None = None
+    peak: Mapping[str, int] = field(default_factory=dict)
+
+
+def on_cuda(case: Case, job: Job, device: torch.device, rounds: int) -> Measured:
+    """Cold inputs and graph replay: benchmarks/cuda.py."""
+    peak = {name: cuda.peak_bytes(call) for name, call in _calls(job).items()}
+    count = cuda.copies_for(case.cost.bytes, cuda.l2_bytes(device))
+    jobs = [_calls(job)]
+    for _ in range(count - 1):
+        copy, _ = with_optional(_only(case.build(device), job))
+        jobs.append(_calls(copy))
+    # A maker that works once and not twice is not worth a row of its own.
+    names = [name for name in jobs[0] if all(name in calls for calls in jobs)]
+    seconds, timing = cuda.times({n: [calls[n] for calls in jobs] for n in names}, rounds)
+    return Measured(seconds, timing, count, peak)
+
+
+def _calls(job: Job) -> dict[str, Any]:
+    return {OURS: job.call, **job.baselines}
+
+
+def _only(job: Job, like: Job) -> Job:
+    """The optional baselines that worked in ``like``, and no others."""
+    wanted = {name: make for name, make in job.optional.items() if name in like.baselines}
+    return replace(job, optional=wanted)
+
+
+def rows_of(case: Case, backend: str, measured: Measured, roofline: Roofline) -> list[Row]:
     """The op's row, then one for each baseline."""
     cost = case.cost
     floor, bound = roofline.bound(cost, case.dtype)
     rows: list[Row] = []
-    for name, values in measured.items():
+    for name, values in measured.seconds.items():
         figure = summary(values)
         row = _head(case, backend, name) | {
             f"{key}_us": f"{1e6 * value:.2f}" for key, value in figure.items()
         }
+        if measured.copies is not None:
+            row |= {
+                "timing": measured.timing[name],
+                "copies": measured.copies,
+                "peak_bytes": measured.peak[name],
+            }
         if name == OURS:
             row |= {
                 "bytes": cost.bytes,
@@ -88,7 +135,7 @@ def rows_of(
                 "gate": "passed",
             }
         else:
-            pairs = zip(values, measured[OURS], strict=True)
+            pairs = zip(values, measured.seconds[OURS], strict=True)
             row["ratio"] = f"{statistics.median(other / ours for other, ours in pairs):.3f}"
         rows.append(row)
     return rows
@@ -113,15 +160,27 @@ def run_case(
     rounds: int,
     seconds: float,
 ) -> list[Row]:
-    """Gate, then time; a failed gate gives one row that says why and has no time."""
+    """Gate, then time; a failed gate gives one row that says why and has no time. An optional
+    baseline that is left out gives a row with the reason.
+    """
     backend = dispatch.resolve(case.entry.op, device.type, "auto").backend
     job = case.build(device)
+    missing: dict[str, str] = {}
     try:
         job.gate()
         check_baselines(job)
     except AssertionError as error:
         return [_head(case, backend, OURS) | {"gate": f"failed: {error}"}]
-    return rows_of(case, backend, times(job, timer, rounds, seconds), roofline)
+    if device.type == "cuda":
+        job, missing = with_optional(job)
+        measured = on_cuda(case, job, device, rounds)
+    else:
+        measured = Measured(times(job, timer, rounds, seconds))
+    left_out = [
+        _head(case, backend, name) | {"gate": f"left out: {reason}"}
+        for name, reason in missing.items()
+    ]
+    return rows_of(case, backend, measured, roofline) + left_out
 
 
 def table_head() -> str:
@@ -138,7 +197,9 @@ def table_line(rows: Sequence[Row]) -> str:
     if ours["gate"] != "passed":
         return f"| {' | '.join(cells)} | gate {ours['gate']}; not timed | | | | |"
     p50, p20, p80 = (float(ours[f"{key}_us"]) for key in ("p50", "p20", "p80"))
-    ratios = ", ".join(f"{row['candidate']} {float(row['ratio']):.2f}x" for row in baselines)
+    ratios = ", ".join(
+        f"{row['candidate']} {float(row['ratio']):.2f}x" for row in baselines if row.get("ratio")
+    )
     cells += [
         f"{_micro(p50)} ({_micro(p20)}-{_micro(p80)}) us",
         ours["gb_per_s"],
@@ -154,30 +215,34 @@ def _micro(value: float) -> str:
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a results file, which is replaced as a whole.
+    """Add rows to a results file, which is replaced as a whole; columns that it lacks stay empty in
+    its older rows.
 
     Raises:
-        InvalidArgument: the file has other columns.
+        InvalidArgument: the file has columns that are none of ours.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    before = path.read_text() if path.exists() else ""
-    if not before:
-        writer.writeheader()
-    elif before.splitlines()[0] != ",".join(COLUMNS):
-        raise InvalidArgument(f"results: {path} has other columns; move it away and run again")
+    writer.writeheader()
+    if path.exists():
+        with path.open(newline="") as file:
+            before = csv.DictReader(file)
+            if not set(before.fieldnames or ()) <= set(COLUMNS):
+                raise InvalidArgument(
+                    f"results: {path} has other columns; move it away and run again"
+                )
+            writer.writerows(before)
     writer.writerows(rows)
     make_dir(path.parent)
-    write_text(path, before + text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def where(clock: str, device: torch.device) -> Row:
     """The columns that say where and when a row was measured."""
-    found = environment()
-    if device.type == "cuda":
-        found |= {"processor": torch.cuda.get_device_name(device), "isa": ""}
+    found = environment(device)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"time": now, "clock": clock, **{k: found[k] for k in WHERE if k in found}}
+    columns = {key: value for key, value in found.items() if key in COLUMNS and value is not None}
+    return {"time": now, "clock": clock, **columns}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one shape and dtype of each, 3 rounds, not recorded"
     )
+    parser.add_argument("--budget", type=float, help="start no row after this many seconds")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of <device>.csv")
     parser.add_argument("--list", action="store_true", help="print the rows and their floors")
     args = parser.parse_args(argv)
@@ -206,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
         parser.error("--clock cpu adds up the threads' seconds; use it with --threads 1 on cpu")
     try:
-        chosen = list(cases(args.op, args.quick))
+        chosen = list(cases(args.op, args.quick, args.device))
     except InvalidArgument as error:
         parser.error(str(error))
     if args.list:
@@ -217,10 +283,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f" {cost.bytes:,} bytes, {cost.flops + cost.int_ops:,} operations"
             )
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here; use --device cpu")
+    device = require_device(args.device)
+    start = time.monotonic()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
     timer = cuda_seconds if args.device == "cuda" else CLOCKS[args.clock]
     rounds, seconds = (3, 0.002) if args.quick else (args.rounds, 0.02)
 
@@ -228,11 +293,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in here.items() if value))
     roofline = measure(device, timer, seconds)
     print(f"{describe(roofline)}\n\n{table_head()}", flush=True)
+    if args.budget is not None:  # the first shape of every entry first
+        chosen.sort(key=lambda case: case.entry.grid(args.device).shapes.index(case.shape))
     recorded: list[Row] = []
+    left_out: list[str] = []
     for case in chosen:
+        if args.budget is not None and time.monotonic() - start > args.budget:
+            left_out.append(f"{case.name}, {case.shape.label}")
+            continue
         rows = run_case(case, device, timer, roofline, rounds, seconds)
+        torch.compiler.reset()  # compiled baselines of one row must not count as recompilations
         print(table_line(rows), flush=True)
         recorded += [here | row for row in rows]
+    if left_out:
+        print(f"\n--budget: {len(left_out)} rows left out: {'; '.join(left_out)}.")
+    if args.device == "cuda":
+        packages = ", ".join(f"{name} {found}" for name, found in optional.versions().items())
+        print(f"\nOther packages: {packages}.")
+        reasons = {f"{r['candidate']}: {r['gate']}" for r in recorded if _left_out(r)}
+        print("\n".join(sorted(reasons)))
     slow = sorted({row["op"] for row in recorded if row["backend"] == "reference"})
     if slow:
         print(f"\nOn the reference backend (no {args.device} kernel): {', '.join(slow)}.")
@@ -241,6 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         append(path, [here | row for row in _roofline_rows(roofline)] + recorded)
         print(f"\n{len(recorded)} rows appended to {path}")
     return int(any(str(row.get("gate", "")).startswith("failed") for row in recorded))
+
+
+def _left_out(row: Row) -> bool:
+    return str(row.get("gate", "")).startswith("left out")
 
 
 def _roofline_rows(roofline: Roofline) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -71,8 +72,8 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Where a figure comes from: processor, versions, commit, date."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Where a figure comes from: processor (the GPU, for a CUDA device), versions, commit, date."""
     import transformers
 
     from llmqat_kernels import native
@@ -80,16 +81,48 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
+    gpu = device is not None and device.type == "cuda"
     return {
-        "processor": _processor(),
-        "isa": native.isa() if native.is_available() else None,
+        "processor": torch.cuda.get_device_name(device) if gpu else _processor(),
+        "isa": None if gpu or not native.is_available() else native.isa(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit.stdout.strip() or None,
         "date": date.today().isoformat(),
+        **(_cuda_versions() if gpu else {}),
     }
+
+
+def _cuda_versions() -> dict[str, Any]:
+    """Versions that a GPU's figure depends on beside torch's: Triton, CUDA, the driver."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {"triton": triton, "cuda": torch.version.cuda, "driver": driver_version()}
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, as `nvidia-smi` gives it; None without one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except FileNotFoundError:
+        return None
+    lines = found.stdout.strip().splitlines()
+    return lines[0].strip() if found.returncode == 0 and lines else None
+
+
+def require_device(name: str) -> torch.device:
+    """The device, or SystemExit 1 with one line where torch sees no such device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("--device cuda: torch sees no CUDA device here; use --device cpu\n")
+        raise SystemExit(1)
+    return torch.device(name)
 
 
 def _processor() -> str:
@@ -101,11 +134,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
+def save(name: str, result: dict[str, Any], device: torch.device | None = None) -> Path:
     """Write ``results/<name>.json`` with the environment; returns the path."""
     from llmqat.io import write_json
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_json(path, {"environment": environment(), **result})
+    write_json(path, {"environment": environment(device), **result})
     return path

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmqat_kernels as qk
-from benchmarks import eager
+from benchmarks import eager, optional
 from benchmarks.entry import (
     Call,
     Cost,
     Entry,
+    Grid,
     Job,
     Shape,
     nbytes,
@@ -29,7 +30,9 @@ from benchmarks.entry import (
 from llmqat_kernels import dispatch
 from llmqat_kernels.testing import assert_same_bits
 
+ops = torch.ops.llmqat
 FLOATS = (torch.float32, torch.bfloat16)
+BF16 = (torch.bfloat16,)
 SMOL, LLAMA = {"N": 1536, "K": 576}, {"N": 11008, "K": 4096}
 SERVED = tuple(
     Shape(model, {"M": rows, **sizes})
@@ -44,6 +47,19 @@ TRAINED = (
     Shape("SmolLM2", {"M": 256, **SMOL}),
     Shape("LLaMA-7B", {"M": 64, "N": 4096, "K": 4096}),
 )
+LARGE = (
+    Shape("LLaMA-7B", {"M": 4096, **LLAMA}),
+    Shape("LLaMA-7B", {"M": 4096, "N": 4096, "K": 11008}),
+    Shape("LLaMA-13B", {"M": 4096, "N": 13824, "K": 5120}),
+    Shape("LLaMA-30B", {"M": 4096, "N": 17920, "K": 6656}),
+)
+"""Where the bars of the int8 products stand: M = 4096 of every width."""
+SWEEP = tuple(Shape("LLaMA-7B", {"M": rows, **LLAMA}) for rows in (128, 512, 1024, 2048))
+GPU_SERVED = Grid((*LARGE, *SWEEP), BF16)
+GPU_FEW = Grid((LARGE[0], SWEEP[0], SWEEP[2]), BF16)
+GPU_TRAINED = Grid((SWEEP[3], LARGE[0]), BF16)
+GROUP = 128
+OWN_W8A8 = "own W8A8"
 TORCH_INT4_GROUP = 64
 """Group size of torch's own int4 GEMM: the largest it takes that divides K = 576."""
 
@@ -53,8 +69,11 @@ def _operands(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight codes int8 [N, K], weight scale."""
     x = normal(shape["M"], shape["K"], seed=0, dtype=dtype, device=device)
-    w = normal(shape["N"], shape["K"], seed=1, dtype=torch.float32, device=device)
-    return x, *qk.quantize(w, w_bits, scale_dtype=torch.bfloat16)
+    return x, *qk.quantize(_weight(shape, device), w_bits, scale_dtype=torch.bfloat16)
+
+
+def _weight(shape: Shape, device: torch.device) -> Tensor:
+    return normal(shape["N"], shape["K"], seed=1, dtype=torch.float32, device=device)
 
 
 def _int_mm_runs(shape: Shape, device: torch.device) -> bool:
@@ -100,13 +119,33 @@ def _quantized_linear(w_bits: int, a_bits: int) -> Callable[..., Job]:
         elif _int_mm_runs(shape, device):
             unpacking = "unpack + " if w_bits == 4 else ""
             baselines[f"eager {unpacking}quantize + torch._int_mm"] = int_mm
+        others = {} if a_bits == 16 else _packages(x, codes, scale, w_bits)
         gate = same_bits(call)
         if a_bits == 16:
             slack = 1e-6 if dtype == torch.float32 else 1e-2
             gate = within_ratio(call, lambda: x.double() @ dense.double().T, slack=slack)
-        return Job(call, baselines, gate, 3e-2)
+        return Job(call, baselines, gate, 3e-2, others)
 
     return build
+
+
+def _packages(
+    x: Tensor, codes: Tensor, scale: Tensor, w_bits: int
+) -> dict[str, Callable[[], Call]]:
+    """Other packages' linears on the same values, activations quantized inside."""
+
+    def dense() -> Tensor:
+        return eager.dequantize(codes, scale, x.dtype)
+
+    found: dict[str, Callable[[], Call]] = {
+        "humming": lambda: optional.humming(x, dense(), w_bits),
+    }
+    if w_bits == 8:
+        found["torchao"] = lambda: optional.torchao_int8(x, dense())
+        found["gemlite"] = lambda: optional.gemlite_int8(x, codes, scale)
+    else:
+        found["gemlite"] = lambda: optional.gemlite_int4(x, codes, scale)
+    return found
 
 
 def _linear_cost(w_bits: int, a_bits: int) -> Callable[[Shape, torch.dtype], Cost]:
@@ -132,26 +171,64 @@ def _layout(w: Tensor, w_bits: int) -> Callable[[], Tensor]:
     return current
 
 
-def _repacked_matmul(w_bits: int) -> Callable[..., Job]:
+def _product(w_bits: int, repacked: bool) -> Callable[..., Job]:
+    """Codes times codes, the activations quantized before: `repacked_matmul` on the kernel layout
+    of a weight, or `quantized_matmul` on the weight as it is stored.
+    """
+
     def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
         x, codes, scale = _operands(shape, dtype, device, w_bits)
         a, a_scale = qk.quantize(x, 8)
-        source = qk.pack_int4(codes) if w_bits == 4 else codes
-        layout = _layout(source, w_bits)
         dense = eager.dequantize(codes, scale, dtype)
         both = a_scale.unsqueeze(-1) * scale
 
-        def call() -> Tensor:
-            return qk.repacked_matmul(
-                a, a_scale, layout(), scale, n=shape["N"], w_bits=w_bits, dtype=dtype
+        def product(w: Tensor, bits: int) -> Call:
+            if not repacked:
+                return lambda: ops.quantized_matmul(a, a_scale, w, scale, None, bits, -1, dtype)
+            layout = _layout(w, bits)
+            return lambda: qk.repacked_matmul(
+                a, a_scale, layout(), scale, n=shape["N"], w_bits=bits, dtype=dtype
             )
 
+        call = product(qk.pack_int4(codes) if w_bits == 4 else codes, w_bits)
         baselines: dict[str, Call] = {f"F.linear {_short(dtype)}": lambda: F.linear(x, dense)}
         if _int_mm_runs(shape, device):
             baselines["torch._int_mm + rescale (W8)"] = lambda: eager.int_mm(a, codes, both, dtype)
+        if w_bits == 4 and device.type == "cuda":
+            baselines[OWN_W8A8] = product(codes, 8)
         return Job(call, baselines, same_bits(call), 3e-2)
 
     return build
+
+
+def _integer_groups(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
+    """4-bit weights whose group scales are integers (spec 18)."""
+    size = min(GROUP, shape["K"] // 2)
+    x, w = _operands(shape, dtype, device, 8)[0], _weight(shape, device)
+    codes, multiplier, scale = qk.quantize_integer_groups(w, 4, group_size=size)
+    packed = qk.pack_int4(codes)
+    a, a_scale = qk.quantize(x, 8)
+    both = a_scale.unsqueeze(-1) * scale
+    groups = multiplier.float() * scale.unsqueeze(-1)
+    dense = qk.dequantize(codes, groups, group_size=size, dtype=dtype)
+
+    def call() -> Tensor:
+        return qk.integer_group_matmul(
+            a, a_scale, packed, multiplier, scale, group_size=size, dtype=dtype
+        )
+
+    baselines: dict[str, Call] = {f"F.linear {_short(dtype)}": lambda: F.linear(x, dense)}
+    if _int_mm_runs(shape, device):
+        baselines["torch._int_mm for each group"] = lambda: eager.integer_groups(
+            a, codes, multiplier, both, size, dtype
+        )
+    return Job(call, baselines, same_bits(call), 3e-2)
+
+
+def _integer_groups_cost(shape: Shape, dtype: torch.dtype) -> Cost:
+    base = _repacked_cost(4)(shape, dtype)
+    multipliers = shape["N"] * (shape["K"] // min(GROUP, shape["K"] // 2))
+    return Cost(base.bytes + multipliers, 0, base.int_ops)
 
 
 def _repacked_cost(w_bits: int) -> Callable[[Shape, torch.dtype], Cost]:
@@ -186,49 +263,77 @@ def _float_cost(shape: Shape, dtype: torch.dtype) -> Cost:
     return Cost(n * k * nbytes(dtype) + 4 * (m * k + m * n), 2 * m * n * k)
 
 
-def _qat_linear(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
-    x = normal(shape["M"], shape["K"], seed=0, dtype=dtype, device=device).requires_grad_()
-    weight = normal(shape["N"], shape["K"], seed=1, dtype=dtype, device=device).requires_grad_()
-    grad = normal(shape["M"], shape["N"], seed=2, dtype=dtype, device=device)
+def _trained(shared: bool) -> Callable[..., Job]:
+    """Forward and backward of `qat_linear`, or of `qat_matmul` on codes that exist already."""
 
-    def step(forward: Callable[[], Tensor]) -> Call:
-        def run() -> tuple[Tensor, Tensor, Tensor]:
-            y = forward()
-            return y, *torch.autograd.grad(y, (x, weight), grad)
+    def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
+        x = normal(shape["M"], shape["K"], seed=0, dtype=dtype, device=device).requires_grad_()
+        weight = normal(shape["N"], shape["K"], seed=1, dtype=dtype, device=device)
+        weight.requires_grad_()
+        grad = normal(shape["M"], shape["N"], seed=2, dtype=dtype, device=device)
 
-        return run
+        def step(forward: Callable[[], Tensor]) -> Call:
+            def run() -> tuple[Tensor, Tensor, Tensor]:
+                y = forward()
+                return y, *torch.autograd.grad(y, (x, weight), grad)
 
-    def fused() -> Tensor:
-        w = qk.fake_quantize(weight, 4, scale_dtype=torch.bfloat16)
-        return F.linear(qk.fake_quantize(x, 8), w)
+            return run
 
-    call = step(lambda: qk.qat_linear(x, weight, w_bits=4, a_bits=8))
-    baselines = {
-        "eager fake_quantize + F.linear": step(
-            lambda: F.linear(eager.fake_quantize(x, 8), eager.fake_quantize(weight, 4))
-        ),
-        "fused fake_quantize + F.linear": step(fused),
-    }
+        def fused() -> Tensor:
+            w = qk.fake_quantize(weight, 4, scale_dtype=torch.bfloat16)
+            return F.linear(qk.fake_quantize(x, 8), w)
+
+        baselines = {
+            "eager fake_quantize + F.linear": step(
+                lambda: F.linear(eager.fake_quantize(x, 8), eager.fake_quantize(weight, 4))
+            ),
+            "fused fake_quantize + F.linear": step(fused),
+        }
+        if device.type == "cuda":
+            name = f"F.linear {_short(dtype)}, not quantized"
+            baselines[name] = step(lambda: F.linear(x, weight))
+        if shared:
+            a, a_scale = qk.quantize(x.detach(), 8)
+            codes, scale = qk.quantize(weight.detach(), 4, scale_dtype=torch.bfloat16)
+            call = step(lambda: qk.qat_matmul(x, a, a_scale, weight, w_codes=codes, w_scale=scale))
+        else:
+            call = step(lambda: qk.qat_linear(x, weight, w_bits=4, a_bits=8))
+        # On a CPU all backends share torch's float products; a GPU kernel sums in its own order
+        # and rounds to dtype.
+        strict = device.type == "cpu" or dtype == torch.float32
+        gate = _gradient_gate(call, 1e-5 if strict else 1e-2)
+        return Job(call, baselines, gate, 5e-2 if dtype == torch.float32 else 0.3)
+
+    return build
+
+
+def _gradient_gate(call: Call, tolerance: float) -> Callable[[], None]:
+    """The output is exact; gradients are float products of equal operands."""
 
     def gate() -> None:
         (y, *ours), (expected, *theirs) = call(), on_reference(call)
         assert_same_bits(y.detach(), expected.detach(), "y")
         for actual, reference in zip(ours, theirs, strict=True):
-            # Float products of equal operands: equal but for the order of torch's own sums.
             error = float((actual - reference).norm() / reference.norm())
-            if not error <= 1e-5:
+            if not error <= tolerance:
                 raise AssertionError(f"gradient differs from the reference by {error:.1e}")
 
-    return Job(call, baselines, gate, 5e-2 if dtype == torch.float32 else 0.3)
+    return gate
 
 
-def _qat_cost(shape: Shape, dtype: torch.dtype) -> Cost:
-    """Read x, weight and the gradient, write y and two gradients; no codes need to leave the
-    chip.
+def _trained_cost(shared: bool) -> Callable[[Shape, torch.dtype], Cost]:
+    """Read x, weight and the gradient, write y and two gradients; with shared codes these are what
+    is read, once forward and once backward.
     """
-    m, n, k = shape["M"], shape["N"], shape["K"]
-    traffic = (2 * m * k + 2 * n * k + 2 * m * n) * nbytes(dtype)
-    return Cost(traffic, 4 * m * n * k, 2 * m * n * k)
+
+    def cost(shape: Shape, dtype: torch.dtype) -> Cost:
+        m, n, k = shape["M"], shape["N"], shape["K"]
+        size = nbytes(dtype)
+        inputs = 2 * (m * k + n * k) if shared else (m * k + n * k) * size
+        traffic = inputs + (m * k + n * k + 2 * m * n) * size
+        return Cost(traffic, 4 * m * n * k, 2 * m * n * k)
+
+    return cost
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -240,24 +345,43 @@ ENTRIES = (
         Entry(
             "quantized_linear",
             f"W{w}A{a}",
-            SERVED,
-            FLOATS,
             _linear_cost(w, a),
             _quantized_linear(w, a),
+            Grid(SERVED, FLOATS),
+            cuda,
         )
-        for w, a in ((8, 8), (4, 8), (4, 16))
+        for w, a, cuda in ((8, 8, GPU_FEW), (4, 8, GPU_FEW), (4, 16, Grid()))
+    ),
+    *(
+        Entry("quantized_matmul", f"W{w}A8", _repacked_cost(w), _product(w, False), cuda=GPU_FEW)
+        for w in (8, 4)
     ),
     *(
         Entry(
             "repacked_matmul",
             f"W{w}A8",
-            SERVED,
-            (torch.float32,),
             _repacked_cost(w),
-            _repacked_matmul(w),
+            _product(w, True),
+            Grid(SERVED, (torch.float32,)),
+            GPU_SERVED,
         )
         for w in (8, 4)
     ),
-    Entry("float_matmul", "", HEADS, FLOATS, _float_cost, _float_matmul),
-    Entry("qat_linear", "W4A8, forward and backward", TRAINED, FLOATS, _qat_cost, _qat_linear),
+    Entry("integer_group_matmul", "W4A8", _integer_groups_cost, _integer_groups, cuda=GPU_FEW),
+    Entry("float_matmul", "", _float_cost, _float_matmul, Grid(HEADS, FLOATS)),
+    Entry(
+        "qat_linear",
+        "W4A8, forward and backward",
+        _trained_cost(False),
+        _trained(False),
+        Grid(TRAINED, FLOATS),
+        Grid(GPU_TRAINED.shapes[:1], BF16),
+    ),
+    Entry(
+        "qat_matmul",
+        "W4A8, forward and backward",
+        _trained_cost(True),
+        _trained(True),
+        cuda=GPU_TRAINED,
+    ),
 )

@@ -16,11 +16,15 @@ CPU = torch.device("cpu")
 
 def small(entry):
     """The entry's first shape with sizes that take no time; heads stay as they are."""
-    sizes = entry.shapes[0].sizes
+    sizes = entry.any_grid.shapes[0].sizes
     return Shape("small", {name: SMALL.get(name, value) for name, value in sizes.items()})
 
 
-SMALL_CASES = [Case(entry, small(entry), dtype) for entry in ENTRIES for dtype in entry.dtypes]
+SMALL_CASES = [
+    Case(entry, small(entry), dtype)
+    for entry in ENTRIES
+    for dtype in dict.fromkeys((*entry.cpu.dtypes, *entry.cuda.dtypes))
+]
 
 
 def test_every_schema_is_measured_or_says_where():
@@ -28,13 +32,29 @@ def test_every_schema_is_measured_or_says_where():
     assert not set(op_names()) & set(NOT_ON_ITS_OWN)
 
 
-def test_rows_have_names_of_their_own():
-    rows = [(case.name, case.shape.label, case.dtype) for case in cases()]
-    assert len(rows) == len(set(rows)) > len(ENTRIES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_have_names_of_their_own(device):
+    rows = [(case.name, case.shape.label, case.dtype) for case in cases(device_type=device)]
+    entries = [entry for entry in ENTRIES if entry.grid(device).shapes]
+    assert len(rows) == len(set(rows)) > len(entries)
 
 
-def test_quick_is_one_row_an_entry():
-    assert [case.entry for case in cases(quick=True)] == list(ENTRIES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_quick_is_one_row_an_entry(device):
+    expected = [entry for entry in ENTRIES if entry.grid(device).shapes]
+    assert [case.entry for case in cases(quick=True, device_type=device)] == expected
+
+
+def test_every_entry_is_measured_somewhere():
+    assert all(entry.cpu.shapes or entry.cuda.shapes for entry in ENTRIES)
+
+
+def test_the_gpu_has_the_sizes_of_the_bars():
+    rows = {(case.name, case.shape.sizes.get("M")) for case in cases(device_type="cuda")}
+    for bits in (8, 4):
+        assert {(f"repacked_matmul W{bits}A8", m) for m in (128, 1024, 4096)} <= rows
+    for case in cases(["rms_norm_quantize", "silu_mul_quantize"], device_type="cuda"):
+        assert case.shape["rows"] >= 2048
 
 
 def test_a_chosen_operator_brings_all_its_variants():
@@ -42,7 +62,14 @@ def test_a_chosen_operator_brings_all_its_variants():
     assert variants == {"W8A8", "W4A8", "W4A16"}
 
 
-@pytest.mark.parametrize(("op", "hint"), [("nonsense", "use quantize"), ("rope", "rope_quantize")])
+@pytest.mark.parametrize(
+    ("op", "hint"),
+    [
+        ("nonsense", "use quantize"),
+        ("rope", "rope_quantize"),
+        ("qat_matmul", "no sizes on cpu"),
+    ],
+)
 def test_an_operator_without_an_entry_is_an_error_with_a_hint(op, hint):
     with pytest.raises(InvalidArgument, match=hint):
         list(cases([op]))
@@ -60,10 +87,11 @@ def test_gate_and_baselines_agree(case):
 
 def test_floors_are_positive_and_grow_with_the_shape():
     for entry in ENTRIES:
-        for dtype in entry.dtypes:
+        grid = entry.any_grid
+        for dtype in grid.dtypes:
             assert entry.bytes(small(entry), dtype) > 0
-            floors = [entry.bytes(shape, dtype) for shape in (small(entry), entry.shapes[0])]
-            assert floors[0] < floors[1] or entry.shapes[0]["n"] == 1
+            floors = [entry.bytes(shape, dtype) for shape in (small(entry), grid.shapes[0])]
+            assert floors[0] < floors[1] or grid.shapes[0]["n"] == 1
             assert entry.flops(small(entry), dtype) >= 0
 
 

@@ -27,7 +27,7 @@ def test_the_longer_of_memory_and_compute_is_the_bound():
 
 
 def test_measuring(monkeypatch):
-    monkeypatch.setattr(roofline, "FOOTPRINTS", (2**12, 2**14))
+    monkeypatch.setattr(roofline, "FOOTPRINTS", {"cpu": (2**12, 2**14)})
     monkeypatch.setattr(roofline, "GEMM_SIZE", {"cpu": 64})
     found = roofline.measure(torch.device("cpu"), wall_seconds, 1e-4)
     assert list(found.bandwidth) == [2**12, 2**14]

@@ -18,7 +18,7 @@ CASE = next(cases(["pack_int4"]))
 
 @pytest.fixture
 def small_roofline(monkeypatch):
-    monkeypatch.setattr(roofline, "FOOTPRINTS", (2**14,))
+    monkeypatch.setattr(roofline, "FOOTPRINTS", {"cpu": (2**14,)})
     monkeypatch.setattr(roofline, "GEMM_SIZE", {"cpu": 64})
     threads = torch.get_num_threads()
     yield
@@ -27,7 +27,8 @@ def small_roofline(monkeypatch):
 
 def test_rows_hold_rates_and_the_median_of_paired_ratios():
     measured = {run.OURS: [1e-3, 2e-3, 1e-3], "eager": [2e-3, 8e-3, 1e-3]}
-    ours, eager = run.rows_of(CASE, "cpu", measured, ROOF)
+    ours, eager = run.rows_of(CASE, "cpu", run.Measured(measured), ROOF)
+    assert "timing" not in ours and "copies" not in ours
     assert ours["p50_us"] == "1000.00" and ours["gate"] == "passed"
     assert ours["gb_per_s"] == f"{CASE.cost.bytes / 1e-3 / 1e9:.2f}"
     assert float(ours["percent_of_bound"]) == round(100 * CASE.cost.bytes / 1e9 / 1e-3, 1)
@@ -37,8 +38,52 @@ def test_rows_hold_rates_and_the_median_of_paired_ratios():
 
 
 def test_a_losing_ratio_is_printed():
-    rows = run.rows_of(CASE, "cpu", {run.OURS: [1e-3], "eager": [1e-4]}, ROOF)
+    measured = run.Measured({run.OURS: [1e-3], "eager": [1e-4]})
+    rows = run.rows_of(CASE, "cpu", measured, ROOF)
     assert "eager 0.10x" in run.table_line(rows)
+
+
+def test_a_gpu_row_says_how_it_was_timed_and_what_was_left_out():
+    """Rows of what a GPU would have measured: the figures here are made up."""
+    measured = run.Measured(
+        {run.OURS: [1e-3], "eager": [2e-3]},
+        {run.OURS: "graph", "eager": "events"},
+        3,
+        {run.OURS: 10, "eager": 100},
+    )
+    ours, eager = run.rows_of(CASE, "triton", measured, ROOF)
+    assert (ours["timing"], ours["copies"], ours["peak_bytes"]) == ("graph", 3, 10)
+    assert (eager["timing"], eager["peak_bytes"]) == ("events", 100)
+    missing = {"candidate": "torchao", "gate": "left out: not installed"}
+    line = run.table_line([ours, eager, missing])
+    assert "eager 2.00x" in line and "torchao" not in line
+
+
+def test_a_run_on_cuda_times_every_copy_of_the_inputs(monkeypatch):
+    """What surrounds the device: its cache, memory and events are given."""
+    seen = {}
+
+    def times(candidates, rounds):
+        seen.update({name: len(calls) for name, calls in candidates.items()})
+        for calls in candidates.values():
+            for call in calls:
+                call()
+        return {name: [1.0] * rounds for name in candidates}, dict.fromkeys(candidates, "graph")
+
+    monkeypatch.setattr(run.cuda, "l2_bytes", lambda device: CASE.cost.bytes)
+    monkeypatch.setattr(run.cuda, "peak_bytes", lambda call: 7)
+    monkeypatch.setattr(run.cuda, "times", times)
+    job = CASE.build(torch.device("cpu"))
+    job = dataclasses.replace(job, baselines={"eager": job.call})
+    measured = run.on_cuda(CASE, job, torch.device("cpu"), 2)
+    assert seen == {run.OURS: 4, "eager": 4} and measured.copies == 4
+    assert measured.peak == {run.OURS: 7, "eager": 7} and measured.timing["eager"] == "graph"
+
+
+def test_a_budget_names_what_it_leaves_out(small_roofline, tmp_path, capsys):
+    argv = ["--op", "pack_int4", "--quick", "--budget", "0", "--results", str(tmp_path)]
+    assert run.main(argv) == 0
+    assert "1 rows left out: pack_int4, SmolLM2 rows=1536 C=576" in capsys.readouterr().out
 
 
 def test_a_failed_gate_is_a_row_without_a_time():
@@ -73,6 +118,15 @@ def test_quick_records_nothing(small_roofline, tmp_path, capsys):
     assert "% of bound" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_a_file_with_fewer_columns_gets_the_new_ones(tmp_path):
+    path = tmp_path / "cpu.csv"
+    path.write_text("time,op,ratio\n2026,quantize,2.0\n")
+    run.append(path, [{"op": "dequantize", "driver": "1.2"}])
+    old, new = csv.DictReader(path.read_text().splitlines())
+    assert (old["op"], old["ratio"], old["driver"]) == ("quantize", "2.0", "")
+    assert (new["op"], new["driver"]) == ("dequantize", "1.2")
+
+
 def test_other_columns_are_not_mixed(tmp_path):
     (tmp_path / "cpu.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InvalidArgument, match="other columns"):
@@ -85,17 +139,26 @@ def test_list_prints_every_row(capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(list(cases()))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_the_device_one_line_and_status_1(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--device", "cuda"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 1 and captured.out == ""
+    assert captured.err.count("\n") == 1 and "no CUDA device" in captured.err
+
+
+def test_list_of_a_gpu_needs_none(capsys):
+    assert run.main(["--list", "--device", "cuda"]) == 0
+    assert "W4A8, LLaMA-30B M=4096 N=17920 K=6656" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--op", "nonsense"], "has no entry"),
         (["--threads", "0"], "at least 1"),
         (["--clock", "cpu", "--threads", "2"], "--threads 1"),
-        pytest.param(
-            ["--device", "cuda"],
-            "no CUDA device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one"),
-        ),
     ],
 )
 def test_bad_arguments(argv, message, capsys):

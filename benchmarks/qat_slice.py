@@ -1,0 +1,374 @@
+"""One QAT step against the same distillation step without quantization, and against eager QAT.
+
+    python -m benchmarks.qat_slice [--device cuda] [--model slice smollm2 tiny] [--save]
+    python -m benchmarks.qat_slice --saved-only --model slice --tokens 128 --save
+
+Models: `slice` (LLaMA-7B's width, 4 layers, 2048 tokens), `smollm2` (SmolLM2-135M whole, 2048
+tokens), `narrow` (SmolLM2's width, 2 layers, 256 tokens) and `tiny`; random weights in bf16. Each
+candidate is a model of its own on the same data, teacher, loss (this package's) and optimizer:
+
+* plain: no quantization, SDPA;
+* eager: the paper's quantizers (Eq. 3) in plain torch operations on weights, inputs of linears, K
+  and V;
+* llmqat: `llmqat.prepare`, and with `fused` its fused norms, MLP and attention glue.
+
+A step is teacher, student forward, loss, backward, AdamW; candidates take turns. Reported with and
+without activation checkpointing: seconds, memory of a step on top of weights and optimizer (GPU),
+and the bytes that autograd keeps between forward and backward. These are counted by storage
+through `saved_tensors_hooks`, without parameters; codes of weights, which live as long as the
+weights, are counted beside them. They depend on the model, not on the device, and ours over plain
+not on the tokens: `--saved-only` counts them on a CPU at real widths, one candidate at a time. (The
+eager candidate also keeps a fake-quantized copy of every weight, whatever the tokens.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llmqat
+import llmqat_kernels as qk
+from benchmarks.eager import PaperFakeQuantize
+from benchmarks.timing import cuda_seconds, interleaved, require_device, save, summary, wall_seconds
+from llmqat.models import compat
+
+SETTING = "4-8-4"
+BARS = {"time over plain": 0.95, "eager over ours": 2.0, "saved over plain": 0.60}
+LOSS_TOLERANCE = 0.05
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a model and of its batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tokens: int
+    tied: bool = False
+
+    def build(self, device: torch.device, seed: int) -> LlamaForCausalLM:
+        """Random bf16 weights on ``device``; nothing is downloaded."""
+        config = LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=max(2048, self.tokens),
+            tie_word_embeddings=self.tied,
+            attn_implementation="sdpa",
+        )
+        torch.manual_seed(seed)
+        with device:
+            model = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
+        compat.restore_rotary(model)  # `.to` must not round the rotary frequencies
+        return model
+
+
+MODELS = {
+    "slice": Model(4096, 11008, 4, 32, 32, 32000, 2048),
+    "smollm2": Model(576, 1536, 30, 9, 3, 49152, 2048, tied=True),
+    "narrow": Model(576, 1536, 2, 9, 9, 8192, 256),
+    "tiny": Model(64, 160, 2, 2, 1, 256, 32),
+}
+DEFAULTS = {"cuda": ("slice", "smollm2"), "cpu": ("narrow",)}
+
+
+class EagerLinear(nn.Linear):
+    """Fake-quantized weight, input and (K and V) output, in plain torch operations."""
+
+    w_bits: int
+    a_bits: int
+    out_bits: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = PaperFakeQuantize.apply(x, self.a_bits)
+        y = F.linear(x, PaperFakeQuantize.apply(self.weight, self.w_bits), self.bias)
+        return PaperFakeQuantize.apply(y, self.out_bits) if self.out_bits else y
+
+
+def make_eager(model: nn.Module) -> nn.Module:
+    """Every linear of every block as an EagerLinear, in place."""
+    config = llmqat.QATConfig.parse(SETTING)
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = EagerLinear
+            module.w_bits, module.a_bits = config.weight.bits, config.activation.bits
+            is_kv = name.endswith(("k_proj", "v_proj"))
+            module.out_bits = config.kv.bits if is_kv else 0
+    return model
+
+
+def make_llmqat(model: nn.Module, fused: bool) -> nn.Module:
+    """The prepared model, in the paper's KV mode."""
+    config = llmqat.QATConfig.parse(SETTING, kv_mode="paper")
+    return llmqat.prepare(model, config, **({"fused": True} if fused else {}))
+
+
+def candidates() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What takes turns; the fused form where this version of `prepare` has it."""
+    found: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "plain": lambda model: model,
+        "eager": make_eager,
+        "llmqat": lambda model: make_llmqat(model, False),
+    }
+    if "fused" in inspect.signature(llmqat.prepare).parameters:
+        found["llmqat fused"] = lambda model: make_llmqat(model, True)
+    return found
+
+
+def weight_code_storages(model: nn.Module) -> set[int]:
+    """Addresses of the weight codes and scales that the prepared linears keep."""
+    return {
+        tensor.untyped_storage().data_ptr()
+        for module in model.modules()
+        if hasattr(module, "weight_codes") and callable(module.weight_codes)
+        for tensor in _tensors(module.weight_codes())
+    }
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    return (item for item in (value if isinstance(value, tuple) else (value,)) if item is not None)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
+    """Bytes that autograd keeps of ``forward``: ``activations``, and ``weight_codes``.
+
+    A storage counts once, whole, however many tensors share it; parameters and buffers of the
+    model do not count.
+    """
+    own = (*model.parameters(), *model.buffers())
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    codes = weight_code_storages(model)
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            kept[address] = tensor  # alive until all are counted: no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
+    weights = sum(size for address, size in sizes.items() if address in codes)
+    del result
+    return {"activations": sum(sizes.values()) - weights, "weight_codes": weights}
+
+
+class Step:
+    """A training step of one candidate."""
+
+    def __init__(
+        self,
+        sizes: Model,
+        change: Callable[[nn.Module], nn.Module],
+        teacher: nn.Module | None,
+        device: torch.device,
+    ) -> None:
+        self.student = change(sizes.build(device, seed=0).train())
+        self.teacher = teacher
+        # So small that every step does the same work on practically the same weights.
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=1e-9, weight_decay=0.0, fused=True
+        )
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, sizes.vocab, (1, sizes.tokens), generator=generator)
+        self.ids = ids.to(device)
+
+    def checkpointing(self, on: bool) -> None:
+        """Activation checkpointing of every block."""
+        if on:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.student.gradient_checkpointing_disable()
+
+    def forward(self) -> Tensor:
+        """Last hidden states of the student."""
+        return self.student.model(self.ids, use_cache=False).last_hidden_state
+
+    def run(self) -> Tensor:
+        """A whole step; returns the loss without waiting for the device."""
+        assert self.teacher is not None  # None: forwards only
+        with torch.no_grad():
+            wanted = self.teacher.model(self.ids, use_cache=False).last_hidden_state
+        loss = qk.distillation_loss(
+            self.forward(), self.student.lm_head.weight, wanted, self.teacher.lm_head.weight
+        )
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def peak_bytes(self) -> int:
+        """Memory of a step on top of what lives between steps (CUDA)."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def gate(steps: dict[str, Step]) -> dict[str, float]:
+    """The loss of every candidate after a warm-up step, or SystemExit: all finite, and the
+    quantized ones near each other.
+    """
+    losses = {name: float(step.run()) for name, step in steps.items()}
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise SystemExit(f"gate: {name} has loss {loss}")
+        if name != "plain" and not abs(loss / losses["eager"] - 1) <= LOSS_TOLERANCE:
+            raise SystemExit(f"gate: {name} has loss {loss}, eager {losses['eager']}")
+    return losses
+
+
+def measure(name: str, device: torch.device, rounds: int, deadline: float) -> dict[str, Any]:
+    """Times, memory and saved bytes of every candidate on one model."""
+    sizes = MODELS[name]
+    teacher = sizes.build(device, seed=2).eval().requires_grad_(False)
+    made = candidates()
+    steps = {key: Step(sizes, change, teacher, device) for key, change in made.items()}
+    losses = gate(steps)
+    result: dict[str, Any] = {"sizes": vars(sizes), "loss": losses}
+    for label, on in (("", False), ("checkpointing", True)):
+        if on and time.monotonic() > deadline:
+            result["left_out"] = "checkpointing: --budget"
+            break
+        for step in steps.values():
+            step.checkpointing(on)
+        timer = cuda_seconds if device.type == "cuda" else wall_seconds
+        seconds = interleaved({k: s.run for k, s in steps.items()}, rounds, timer=timer)
+        found: dict[str, Any] = {
+            "seconds": {key: summary(values) for key, values in seconds.items()},
+            "saved_bytes": {key: saved_bytes(s.student, s.forward) for key, s in steps.items()},
+        }
+        if device.type == "cuda":
+            found["peak_bytes"] = {key: step.peak_bytes() for key, step in steps.items()}
+        found["ratios"] = ratios(found)
+        result[label or "no checkpointing"] = found
+    return result
+
+
+def count_saved(name: str, device: torch.device, tokens: int | None) -> dict[str, Any]:
+    """Saved bytes of every candidate without checkpointing: forwards only, one model at a time."""
+    sizes = MODELS[name] if tokens is None else replace(MODELS[name], tokens=tokens)
+    saved = {}
+    for key, change in candidates().items():
+        step = Step(sizes, change, None, device)
+        saved[key] = saved_bytes(step.student, step.forward)
+        del step
+        gc.collect()
+    plain = saved["plain"]["activations"]
+    shares = {key: value["activations"] / plain for key, value in saved.items()}
+    return {"sizes": vars(sizes), "saved_bytes": saved, "saved_over_plain": shares}
+
+
+def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures that the bars are about, for each of our forms."""
+    seconds = {key: value["p50"] for key, value in found["seconds"].items()}
+    saved = {key: value["activations"] for key, value in found["saved_bytes"].items()}
+    result = {}
+    for ours in (key for key in seconds if key.startswith("llmqat")):
+        result[ours] = {
+            "time over plain": seconds[ours] / seconds["plain"],
+            "eager over ours": seconds["eager"] / seconds[ours],
+            "saved over plain": saved[ours] / saved["plain"],
+        }
+        if "peak_bytes" in found:
+            result[ours]["peak over plain"] = (
+                found["peak_bytes"][ours] / found["peak_bytes"]["plain"]
+            )
+    return result
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """The result of one model as markdown."""
+    sizes = ", ".join(f"{key} {value}" for key, value in result["sizes"].items())
+    lines = [f"{name}: {sizes}", ""]
+    head = "| checkpointing | candidate | step ms (p20-p80) | peak MiB | saved MiB (weight codes) |"
+    lines += [head, "|---|---|---|---|---|"]
+    for label in ("no checkpointing", "checkpointing"):
+        found = result.get(label)
+        if found is None:
+            continue
+        for key, figure in found["seconds"].items():
+            p50, p20, p80 = (1e3 * figure[p] for p in ("p50", "p20", "p80"))
+            saved = found["saved_bytes"][key]
+            peak = found["peak_bytes"][key] / MIB if "peak_bytes" in found else None
+            lines.append(
+                f"| {'on' if label == 'checkpointing' else 'off'} | {key} |"
+                f" {p50:.1f} ({p20:.1f}-{p80:.1f}) | {'' if peak is None else f'{peak:.0f}'} |"
+                f" {saved['activations'] / MIB:.2f} ({saved['weight_codes'] / MIB:.2f}) |"
+            )
+        for ours, values in found["ratios"].items():
+            shown = ", ".join(f"{what} {value:.3f}" for what, value in values.items())
+            lines.append(f"\n{ours}, {label}: {shown}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Gate, measure, print; `--save` writes results/qat_slice_<device>.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--model", nargs="+", choices=tuple(MODELS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--backend", default="auto", help="of the operators; auto by default")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds")
+    parser.add_argument("--tokens", type=int, help="instead of the model's own")
+    parser.add_argument("--saved-only", action="store_true", help="count saved bytes, time nothing")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.threads, args.tokens or 1) < 1:
+        parser.error("--rounds, --threads and --tokens must be at least 1")
+    if args.tokens and not args.saved_only:
+        parser.error("--tokens belongs to --saved-only; steps are timed at the model's own tokens")
+    device = require_device(args.device)
+    torch.set_num_threads(args.threads)
+    deadline = time.monotonic() + args.budget
+    models: dict[str, Any] = {}
+    for name in args.model or DEFAULTS[args.device]:
+        if time.monotonic() > deadline:
+            print(f"{name}: left out by --budget")
+            continue
+        if args.saved_only:
+            models[name] = count_saved(name, device, args.tokens)
+            shares = models[name]["saved_over_plain"].items()
+            print(f"{name}, saved over plain: " + ", ".join(f"{k} {v:.3f}" for k, v in shares))
+            continue
+        with nullcontext() if args.backend == "auto" else qk.use_backend(args.backend):
+            models[name] = measure(name, device, args.rounds, deadline)
+        print(table(name, models[name]) + "\n", flush=True)
+        gc.collect()
+    if args.save and args.saved_only:
+        print(save("saved_activations", {"setting": SETTING, "models": models}, device))
+    elif args.save:
+        result = {"setting": SETTING, "bars": BARS, "models": models}
+        print(save(f"qat_slice_{args.device}", result, device))
+
+
+if __name__ == "__main__":
+    main()

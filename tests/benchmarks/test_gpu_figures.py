@@ -1,0 +1,130 @@
+"""The GPU's figures: nothing measured, everything measured (made-up numbers), missed bars."""
+
+import json
+
+import pytest
+
+from benchmarks import gpu_figures, report, run
+from benchmarks.registry import cases
+from benchmarks.roofline import Roofline
+from llmqat.errors import DataError
+
+HERE = {"time": "2026-01-01T00:00:00", "commit": "abc", "processor": "Some GPU", "isa": ""}
+HERE |= {"threads": 1, "torch": "2.13.0", "clock": "events", "cuda": "13.0", "driver": "1.2"}
+HERE |= {"triton": "3.6.0"}
+ROOF = Roofline({1: 1e12}, fp32=1e15, bf16=1e15, int8=1e15)
+OTHERS = {
+    "eager": 10.0,
+    "eager, the paper's": 9.0,
+    "torch.compile of the spec": 1.5,
+    "F.linear bf16": 1.7,
+    "own W8A8": 1.02,
+    "F.cross_entropy on probabilities": 2.0,
+    "F.kl_div": 2.5,
+    "Liger with the teacher's head": 1.2,
+}
+STEP = {
+    "llmqat": {"time over plain": 0.9, "eager over ours": 2.1},
+    "llmqat fused": {"time over plain": 0.8, "eager over ours": 2.5},
+}
+
+
+def write(results, time=1.0, own=1.0):
+    """A cuda.csv of every case: each baseline so many times slower than ours."""
+    rows = []
+    for case in cases(device_type="cuda"):
+        floor, _ = ROOF.bound(case.cost, case.dtype)
+        seconds = {run.OURS: [time * floor / 0.9]}
+        seconds |= {name: [time * ratio * floor / 0.9] for name, ratio in OTHERS.items()}
+        peak = {name: 100 for name in seconds} | {run.OURS: 5}
+        measured = run.Measured(seconds, dict.fromkeys(seconds, "graph"), 2, peak)
+        rows += [HERE | row for row in run.rows_of(case, "triton", measured, ROOF)]
+    run.append(results / "cuda.csv", rows)
+
+
+def write_json(results, name, value):
+    (results / f"{name}.json").write_text(json.dumps(value))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    write(tmp_path)
+    write_json(
+        tmp_path,
+        "qat_slice_cuda",
+        {"models": {"slice": {"checkpointing": {"ratios": STEP}, "no checkpointing": {}}}},
+    )
+    saved = {"plain": 1.0, "llmqat": 0.9, "llmqat fused": 0.55}
+    write_json(tmp_path, "saved_activations", {"models": {"slice": {"saved_over_plain": saved}}})
+    found = {"differences": 0, "cases": 5500, "shapes": 5400, "cases_per_minute": 1800.0}
+    found |= {"by_operator": {"quantize": 5500}, "batch_checks": 90}
+    write_json(tmp_path, "equality_triton", found)
+    write_json(tmp_path, "equality_triton_cuda", found | {"cases": 400, "shapes": 390})
+    return tmp_path
+
+
+def table(results):
+    return gpu_figures.table(results, report.read_result)
+
+
+def test_nothing_measured(tmp_path):
+    text = table(tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == len(gpu_figures.FIGURES)
+    assert all("not yet measured" in row and "x (" not in row for row in rows)
+    assert text.endswith("GPU: not yet measured on a GPU (`make bench-gpu`).")
+    assert "bar missed" not in text
+
+
+def test_everything_measured(measured):
+    text = table(measured)
+    assert "not yet measured" not in text and "bar missed" not in text
+    assert "9.00x" in text and "1.70x" in text and "1.02x" in text and "1.20x" in text
+    assert "| 90 % (" in text and "5.0 % (" in text
+    assert "0.80x (slice)" in text and "2.50x (slice)" in text and "55.0 % (slice)" in text
+    assert "0 in 5,500 cases of 1 operators (5,400 shapes, 1,800 a minute)" in text
+    assert text.endswith("GPU: Some GPU, torch 2.13.0, Triton 3.6.0, driver 1.2, commits abc.")
+
+
+def test_a_missed_bar_is_marked(measured):
+    write(measured, time=2.0)  # newer rows: 45 % of the copy bandwidth, the same ratios
+    lines = [line for line in table(measured).splitlines() if "bar missed" in line]
+    assert len(lines) == 2 and all("share of copy bandwidth" in line for line in lines)
+    assert all("45 %" in line for line in lines)
+
+
+def test_a_difference_and_too_few_shapes_miss_the_bar(measured):
+    found = json.loads((measured / "equality_triton.json").read_text())
+    write_json(measured, "equality_triton", found | {"shapes": 4999})
+    assert table(measured).count("bar missed") == 1
+    write_json(measured, "equality_triton", found | {"differences": 1})
+    assert table(measured).count("bar missed") == 2
+
+
+def test_a_failed_gate_is_said(measured):
+    case = next(cases(["silu_mul_quantize"], device_type="cuda"))
+    head = {"op": case.entry.op, "variant": case.entry.variant, "shape": case.shape.label}
+    head |= {"dtype": "bfloat16", "candidate": run.OURS, "gate": "failed: output 0"}
+    run.append(measured / "cuda.csv", [HERE | head])
+    assert f"gate failed at {case.shape.label}: bar missed" in table(measured)
+
+
+def test_the_last_gpu_is_shown(measured):
+    rows = (measured / "cuda.csv").read_text().replace("Some GPU", "Other GPU").splitlines()
+    with (measured / "cuda.csv").open("a") as file:
+        file.write("\n".join(rows[1:]) + "\n")
+    assert "Other GPU" in table(measured) and "Some GPU" not in table(measured)
+
+
+def test_a_broken_file_is_named(measured):
+    write_json(measured, "qat_slice_cuda", {"models": {"slice": {"checkpointing": {}}}})
+    assert "QAT step" in table(measured)
+    write_json(measured, "equality_triton", {"cases": 3})
+    with pytest.raises(DataError, match="Triton kernels against"):
+        table(measured)
+
+
+def test_gpu_rows_have_a_section_of_their_own(measured):
+    text = report.kernel_tables(measured)
+    assert "### Some GPU, CUDA 13.0, driver 1.2, triton 3.6.0" in text
+    assert "own W8A8 1.02x" in text and "not yet measured on a GPU" not in text
