@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,12 @@ def silu_mul_quantize(gate: Tensor, up: Tensor, bits: int) -> tuple[Tensor, Tens
 
 
 def silu_mul_quantize_train(
-    gate: Tensor, up: Tensor, bits: int, values: bool = True
+    gate: Tensor,
+    up: Tensor,
+    bits: int,
+    values: bool = True,
+    silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]] = silu_mul_quantize,
+    silu_mul: Callable[..., Tensor] = silu_mul,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Training form: (y [..., K], codes [..., K], scale [...]) (spec 14).
 

@@ -95,47 +95,6 @@ def qat_linear(
     return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype), a, a_scale
 
 
-def qat_matmul(
-    x: Tensor,
-    a: Tensor,
-    a_scale: Tensor,
-    weight: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    w_multiplier: Tensor | None,
-    bias: Tensor | None,
-    group_size: int = -1,
-    ste_clip: float | None = None,
-) -> Tensor:
-    """``qat_linear`` on codes that the producer of x wrote and others share; x and ``weight`` are
-    there for their gradients only (spec 7, 18).
-    """
-    if w_multiplier is not None:
-        return integer_group_matmul(
-            a, a_scale, w_codes, w_multiplier, w_scale, bias, group_size, x.dtype
-        )
-    return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype)
-
-
-def silu_mul_qat_matmul(
-    gate: Tensor,
-    up: Tensor,
-    a_bits: int,
-    weight: Tensor,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    w_multiplier: Tensor | None,
-    bias: Tensor | None,
-    group_size: int = -1,
-    ste_clip: float | None = None,
-) -> Tensor:
-    """``qat_matmul(silu_mul_quantize(gate, up))``; only the gradient differs in what it keeps (spec
-    19).
-    """
-    a, a_scale = silu_mul_quantize(gate, up, a_bits)
-    return qat_matmul(gate, a, a_scale, weight, w_codes, w_scale, w_multiplier, bias, group_size)
-
-
 def group_scales(w_scale: Tensor, w_multiplier: Tensor | None) -> Tensor:
     """Scales fp32 [N, groups] of integer groups: exact products (spec 18)."""
     if w_multiplier is None:
@@ -190,6 +149,51 @@ def integer_group_matmul(
         acc += part * w_multiplier[:, group].to(torch.int32)
     y = acc.to(torch.float32) * (a_scale.unsqueeze(-1) * w_scale)
     return (y if bias is None else y + bias.to(torch.float32)).to(dtype)
+
+
+def qat_matmul(
+    x: Tensor,
+    a: Tensor,
+    a_scale: Tensor,
+    weight: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_multiplier: Tensor | None,
+    bias: Tensor | None,
+    group_size: int = -1,
+    ste_clip: float | None = None,
+    quantized_matmul: Callable[..., Tensor] = quantized_matmul,
+    integer_group_matmul: Callable[..., Tensor] = integer_group_matmul,
+) -> Tensor:
+    """``qat_linear`` on codes that the producer of x wrote and others share; x and ``weight`` are
+    there for their gradients only (spec 7, 18).
+    """
+    if w_multiplier is not None:
+        return integer_group_matmul(
+            a, a_scale, w_codes, w_multiplier, w_scale, bias, group_size, x.dtype
+        )
+    return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype)
+
+
+def silu_mul_qat_matmul(
+    gate: Tensor,
+    up: Tensor,
+    a_bits: int,
+    weight: Tensor,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_multiplier: Tensor | None,
+    bias: Tensor | None,
+    group_size: int = -1,
+    ste_clip: float | None = None,
+    silu_mul_quantize: Callable[..., tuple[Tensor, Tensor]] = silu_mul_quantize,
+    qat_matmul: Callable[..., Tensor] = qat_matmul,
+) -> Tensor:
+    """``qat_matmul(silu_mul_quantize(gate, up))``; only the gradient differs in what it keeps (spec
+    19).
+    """
+    a, a_scale = silu_mul_quantize(gate, up, a_bits)
+    return qat_matmul(gate, a, a_scale, weight, w_codes, w_scale, w_multiplier, bias, group_size)
 
 
 def repack_weight(w: Tensor, w_bits: int) -> Tensor:

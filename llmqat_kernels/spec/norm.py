@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,8 @@ def rms_norm_quantize_train(
     bits: int,
     residual: Tensor | None = None,
     values: bool = True,
+    rms_norm_quantize: Callable[..., tuple[Tensor, ...]] = rms_norm_quantize,
+    rms_norm: Callable[..., Tensor] = rms_norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training form: (y [..., K], codes [..., K], scale [...], sum [..., K]); spec 12.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,8 @@ def rope_fake_quantize(
     bits: int,
     pre_rope: bool,
     ste_clip: float | None = None,
+    rope: Callable[..., Tensor] = rope,
+    fake_quantize: Callable[..., Tensor] = fake_quantize,
 ) -> tuple[Tensor, Tensor]:
     """What attention reads of k, v [n, Hkv, D] once they went through the cache: rotated,
     fake-quantized keys and fake-quantized values, [n, Hkv, D] each (spec 9; the training form).
