@@ -42,7 +42,7 @@ test-gpu: venv  ## every Triton test and the others that need a CUDA device, com
 		--ignore tests/triton/test_compiled.py tests
 
 test-slow: venv  ## real installations and other tests of more than 20 seconds
-	$(BIN)/python -m pytest -m "slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" tests
 
 test-newest: venv  ## the tests that touch transformers and triton, on their newest releases
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6" "triton>=$(TRITON)"
