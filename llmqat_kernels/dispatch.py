@@ -110,16 +110,11 @@ def _own_kernel(backend: str, op: str) -> tuple[Callable[..., Any] | None, str]:
 
 
 def _candidates(device_type: str, requested: str) -> tuple[str, ...]:
-    """Kernel backends to try, best first; BackendUnavailable if the named one is of another
-    device.
-    """
+    """Kernel backends to try, best first; none if the one asked for is of another device."""
     if requested == "reference":
         return ()
-    if requested == "auto":
-        return PREFERENCE.get(device_type, ())
-    if device_type not in _devices(requested):
-        return ()
-    return (requested,)
+    wanted = PREFERENCE.get(device_type, ()) if requested == "auto" else (requested,)
+    return tuple(backend for backend in wanted if device_type in _devices(backend))
 
 
 _announced: set[tuple[str, bool]] = set()

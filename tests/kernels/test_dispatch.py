@@ -70,8 +70,17 @@ def test_triton_that_is_not_installed_is_an_error_when_named(monkeypatch):
         qk.use_backend("triton")
 
 
+def test_auto_never_interprets_on_cuda(monkeypatch):
+    monkeypatch.setattr(triton, "why_not", lambda: "")
+    monkeypatch.setattr(triton, "devices", lambda: ("cpu",))
+    dispatch.resolve.cache_clear()
+    assert dispatch.resolve("silu_mul", "cuda", "auto").backend == "reference"
+    dispatch.resolve.cache_clear()
+
+
 def test_auto_prefers_triton_on_cuda(monkeypatch):
     monkeypatch.setattr(triton, "why_not", lambda: "")
+    monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
     dispatch.resolve.cache_clear()
     choices = {op: dispatch.resolve(op, "cuda", "auto") for op in SCHEMAS}
     dispatch.resolve.cache_clear()
