@@ -123,6 +123,13 @@ def code_tile(m: int, n: int, arch: int) -> Tile:
     return choose(CODES[arch], m, n, arch)
 
 
+def for_stride(tile: Tile, stride: int) -> Tile:
+    """``tile`` for rows ``stride`` bytes apart. Rows that begin anywhere are loaded byte by byte,
+    and 128 columns a step would not fit the registers.
+    """
+    return tile if stride % 16 == 0 else replace(tile, k=min(tile.k, 64))
+
+
 def pair_tile(m: int, half: int, arch: int) -> Tile:
     """Tile for m tokens and ``half`` rows of channel pairs."""
     return choose(PAIRS[arch], m, half, arch)

@@ -30,7 +30,7 @@ from ...spec.int4 import unpack_int4
 from ...spec.quantize import QUANTIZED_BITS
 from . import gemm
 from .launch import TRITON_TYPES, Variant, empty, launch
-from .matmul_tiles import CODES, GROUP, GROUPS, Tile, code_tile, group_steps, group_tile
+from .matmul_tiles import CODES, GROUP, GROUPS, Tile, code_tile, for_stride, group_steps, group_tile
 from .quantize import quantize
 from .tiles import architecture, bucket, tile_for
 
@@ -117,6 +117,7 @@ def code_product(
     arch = architecture(a.device)
     key = bucket(M=m, N=n, K=k, w="packed" if packed else "int8")
     tile = tile_for("quantized_matmul", key, arch, code_tile(m, n, arch))
+    tile = for_stride(tile, k | w_stride)
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     launch(
         int8_matmul_kernel, grid, a, a_scale, w, w_scale, bias, y, m, n, k, w_stride,
