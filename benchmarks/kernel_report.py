@@ -1,13 +1,14 @@
 """Compile every Triton kernel ahead of time, with no GPU, and check what came out.
 
-    python -m benchmarks.kernel_report [--only TEXT ...] [--arch 80 90] [--quick] [--json]
-                                       [--save | --check]
+    python -m benchmarks.kernel_report [--only TEXT ...] [--skip TEXT ...] [--arch 80 90]
+                                       [--quick] [--json] [--save | --check]
 
 Every form that a launch can select (``variants()`` of each file of kernels) is compiled for each
 architecture; the table shows registers, memory and instructions, and the exit status is 1 if a gate
-of `benchmarks.cubin` fails. --only takes variants whose "file/name" contains TEXT, --quick one
-variant of each kernel. --save writes docs/kernels/, --check says if those pages are stale. Triton's
-cache lies in build/triton-cache, so that a repeat compiles only what changed.
+of `benchmarks.cubin` fails. --only takes variants whose "file/name" contains TEXT, --skip leaves
+such out, --quick takes one variant of each kernel. --save writes docs/kernels/, --check says if
+those pages are stale. Triton's cache lies in build/triton-cache, so that a repeat compiles only
+what changed.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def names(module: str, arch: int, quick: bool) -> list[str]:
 
 
 def selected(
-    only: Sequence[str], archs: Sequence[int], quick: bool = False
+    only: Sequence[str], archs: Sequence[int], quick: bool = False, skip: Sequence[str] = ()
 ) -> list[tuple[str, str, int]]:
     """(file, variant, architecture) of everything that the options ask for."""
     return [
@@ -122,6 +123,7 @@ def selected(
         for arch in archs
         for name in names(module, arch, quick)
         if not only or any(text in f"{module}/{name}" for text in only)
+        if not any(text in f"{module}/{name}" for text in skip)
     ]
 
 
@@ -234,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compile every Triton kernel with no GPU and check its gates.",
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="part of file/name")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="TEXT", help="the same, left out")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
     parser.add_argument("--processes", type=int, default=PROCESSES)
@@ -241,13 +244,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write docs/kernels")
     parser.add_argument("--check", action="store_true", help="exit 1 if docs/kernels is stale")
     options = parser.parse_args(argv)
-    whole = not options.only and not options.quick and set(options.arch) == set(ARCHS)
+    partly = options.only or options.skip or options.quick
+    whole = not partly and set(options.arch) == set(ARCHS)
     if (options.save or options.check) and not whole:
-        parser.error("--save and --check take every kernel: leave --only, --arch and --quick out")
+        parser.error(
+            "--save and --check take every kernel: leave --only, --skip, --arch and --quick out"
+        )
     # Read when a kernel is defined: the kernels must be imported after this.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
-    jobs = selected(options.only, sorted(options.arch), options.quick)
+    jobs = selected(options.only, sorted(options.arch), options.quick, options.skip)
     if not jobs:
         parser.error(f"--only {' '.join(options.only)}: no variant has this in its name")
     results = run(jobs, options.processes)
