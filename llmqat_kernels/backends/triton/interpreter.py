@@ -137,6 +137,25 @@ def _repair_loop_bounds() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _repair_masks() -> None:
+    """Triton 3.9 turns the "and" of a block of booleans and a scalar one into integers, and then
+    refuses them as a mask.
+    """
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def booleans(mask: Any) -> Any:
+        return Handle(mask.data.astype(np.bool_), mask.dtype)
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, pointers, booleans(mask), *rest)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, pointers, value, booleans(mask), *rest)
+
+    Builder.create_masked_load = create_masked_load
+    Builder.create_masked_store = create_masked_store
+
+
 def _patch_the_language_once() -> None:
     """Not a repair but 40 % of the time: every call of a device function inside a kernel patches
     the language again. The launch has patched it for the kernels' modules; what Triton's own
@@ -161,4 +180,5 @@ def repair() -> None:
     _repair_arithmetic()
     _repair_reductions()
     _repair_loop_bounds()
+    _repair_masks()
     _patch_the_language_once()
