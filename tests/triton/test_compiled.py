@@ -53,14 +53,17 @@ def form_of(result):
     return result["module"], result["name"], result["arch"]
 
 
-def assert_every_gate_holds(results):
+def counted(failures):
     """Another release's compiler may spill a register; it must not change what is computed."""
     other = recorded()["triton"] != version("triton")
+    return [said for said in failures if not (other and said.startswith("spills: "))]
+
+
+def assert_every_gate_holds(results):
     wrong = [
         f"{r['module']}/{r['name']} sm_{r['arch']}: {said}"
         for r in results
-        for said in r["failures"]
-        if not (other and said.startswith("spills: "))
+        for said in counted(r["failures"])
     ]
     assert not wrong, "\n".join(wrong)
     assert {r["arch"] for r in results} == set(cubin.ARCHS)
@@ -125,7 +128,7 @@ def test_a_kernel_that_breaks_a_gate_is_named(said, gate, arch):
 @pytest.mark.parametrize("arch", cubin.ARCHS)
 def test_clean_kernels_keep_every_gate(said, arch):
     names = [name for name in said if name.startswith("clean") and name.endswith(f" {arch}")]
-    assert len(names) == 4 and not any(said[name] for name in names)
+    assert len(names) == 4 and not any(counted(said[name]) for name in names)
 
 
 def test_wgmma_is_asked_of_sm_90_only(said):
