@@ -27,7 +27,7 @@ $(VENV)/.done: pyproject.toml requirements-demo.txt setup.py $(shell find csrc -
 	$(BIN)/pip install --quiet torch==2.13.0 transformers==$(TRANSFORMERS) triton==$(TRITON) "setuptools>=77" pybind11
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-demo.txt
 	command -v nvcc >/dev/null || $(BIN)/python -c "$(CUDA_BUILD)" | xargs $(BIN)/pip install --quiet
-	LLMQAT_FORCE_BUILD=1 $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	LLMQAT_FORCE_BUILD=1 $(BIN)/pip install --quiet --no-build-isolation --editable ".[dev,eval]"
 	touch $@
 
 demo: venv  ## the whole river on SmolLM2-135M; writes runs/demo/report.md
@@ -70,11 +70,11 @@ bench-gpu: venv  ## every operator and the training step on a GPU; writes benchm
 	$(BIN)/python -m benchmarks.report || status=1; \
 	exit $$status
 
-kernels: venv  ## compile every Triton kernel for sm_80 and sm_90 with no GPU; writes docs/kernels
+kernels: venv  ## compile the Triton kernels that changed for sm_80 and sm_90, no GPU; writes docs/kernels
 	$(BIN)/python -m benchmarks.kernel_report --save
 
-check-kernels: venv  ## the same, and fail if docs/kernels is not what it would write
-	$(BIN)/python -m benchmarks.kernel_report --check
+check-kernels: venv  ## compile every one of them and fail if docs/kernels is not what comes out
+	$(BIN)/python -m benchmarks.kernel_report --check --fresh
 
 tune: venv  ## time the tiles of the Triton kernels on this GPU; writes its architecture's table
 	$(BIN)/python -m benchmarks.tune

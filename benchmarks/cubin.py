@@ -1,23 +1,24 @@
-"""What a compiled Triton kernel is made of, and the gates that it must pass; no GPU needed.
+"""What a compiled Triton kernel is made of, counted with no GPU.
 
 Every function works on what `triton.compile` returns for a target, in a process without
-``TRITON_INTERPRET``. The machine code is read with the `cuobjdump` that triton brings along.
+``TRITON_INTERPRET``. The machine code is read with the `nvdisasm` and `cuobjdump` that
+triton brings along.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmqat.io import make_dir, write_text
 from llmqat_kernels.backends.triton.launch import OPTIONS, Variant
 
 ARCHS = (80, 90)
@@ -31,6 +32,7 @@ WARPS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM, REGISTER_UNIT = 64, 32, 65_536, 2
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
 )
+_ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 FAST_MATH = {
     "div_full": r"\bdiv\.full\b",
@@ -80,6 +82,16 @@ class Figures:
     float_dots: int
 
 
+def multiples_of_16(variant: Variant) -> list[str]:
+    """The arguments that the compiler may take for multiples of 16: pointers, and integers."""
+    if not variant.aligned:
+        return []
+    names = [
+        parameter.name for parameter in variant.kernel.params if not parameter.do_not_specialize
+    ]
+    return sorted(name for name in names if variant.signature.get(name, "f")[0] in "*iu")
+
+
 def compile_variant(variant: Variant, arch: int) -> Any:
     """The kernel of ``variant`` compiled for ``sm_<arch>``, from triton's cache if it is there.
 
@@ -99,10 +111,7 @@ def compile_variant(variant: Variant, arch: int) -> Any:
     if given != set(names) or len(given) != len(variant.signature) + len(variant.constants):
         odd = sorted(given ^ set(names)) or sorted({*variant.signature} & {*variant.constants})
         raise ValueError(f"{variant.name}: signature and constants do not name each of {odd} once")
-    wrong = {*variant.divisible} - {n for n, t in variant.signature.items() if t[0] in "iu"}
-    if wrong:
-        raise ValueError(f"{variant.name}: divisible names no integer argument {sorted(wrong)}")
-    aligned = {n for n, t in variant.signature.items() if t.startswith("*")} | {*variant.divisible}
+    aligned = multiples_of_16(variant)
     source = ASTSource(
         fn=kernel,
         signature={n: variant.signature.get(n, "constexpr") for n in names},
@@ -113,16 +122,62 @@ def compile_variant(variant: Variant, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and SASS of a cubin, as text."""
+def code_of(cubin: bytes) -> bytes:
+    """The machine code of the only kernel in a cubin: its ``.text`` section.
+
+    Raises:
+        ValueError: none or several kernels.
+    """
+    (sections_at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, sections_at + i * size) for i in range(count)]
+    names = cubin[sections[names_index][4] :]
+    found = [s[4:6] for s in sections if names[s[0] :].startswith(b".text.")]
+    if len(found) != 1:
+        raise ValueError(f"the cubin holds {len(found)} kernels instead of one")
+    start, length = found[0]
+    return cubin[start : start + length]
+
+
+def disassemble(codes: Sequence[bytes], arch: int) -> list[str]:
+    """The SASS of each piece of machine code, as text.
+
+    One process for all: it takes a third of a second to start and no time for a kernel.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        lines = _run("nvdisasm", "--binary", f"SM{arch}", file.name).splitlines()
+    ends = list(itertools.accumulate(map(len, codes)))
+    texts: list[list[str]] = [[] for _ in codes]
+    for line in lines:
+        address = _ADDRESS.match(line)
+        if address:
+            texts[bisect.bisect_right(ends, int(address[1], 16))].append(line)
+    return ["\n".join(text) for text in texts]
+
+
+def _run(tool: str, *arguments: str) -> str:
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(Path(triton.__file__).parent / "backends/nvidia/bin" / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int, int, int]:
+    """Registers and bytes of stack, static shared and local memory of the kernel in a cubin.
+
+    Raises:
+        ValueError: cuobjdump reports none.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = _RESOURCES.search(_run("cuobjdump", "-res-usage", file.name))
+    if found is None:
+        raise ValueError("cuobjdump reports no resources of a kernel")
+    registers, stack, static, local = map(int, found.groups())
+    return registers, stack, static, local
 
 
 def opcodes(sass: str) -> Counter[str]:
@@ -142,17 +197,18 @@ def resident_warps(registers: int, shared: int, warps: int, arch: int) -> int:
     return blocks * warps
 
 
-def measure(compiled: Any, arch: int) -> Figures:
-    """The figures of a compiled kernel."""
-    ptx, text = compiled.asm["ptx"], disassemble(compiled.asm["cubin"])
-    found = _RESOURCES.search(text)
-    if found is None:
-        raise ValueError(f"cuobjdump reports no resources of {compiled.metadata.name}")
-    registers, stack, static, local = map(int, found.groups())
+def measure(kernels: Sequence[Any], arch: int) -> list[Figures]:
+    """The figures of compiled kernels of one architecture."""
+    texts = disassemble([code_of(kernel.asm["cubin"]) for kernel in kernels], arch)
+    return [_figures(kernel, text, arch) for kernel, text in zip(kernels, texts, strict=True)]
+
+
+def _figures(compiled: Any, sass: str, arch: int) -> Figures:
+    registers, stack, static, local = resources(compiled.asm["cubin"])
     if arch >= 90:
         static = max(static - SHARED_OF_DRIVER, 0)
     shared, warps = static + compiled.metadata.shared, compiled.metadata.num_warps
-    codes = opcodes(text)
+    ptx, codes = compiled.asm["ptx"], opcodes(sass)
 
     def count(*prefixes: str, wide: bool = False) -> int:
         return sum(
@@ -181,97 +237,3 @@ def measure(compiled: Any, arch: int) -> Figures:
         float_dots=len(re.findall(r"\btt\.dot\b.*: tensor<[^>]*xf32,", compiled.asm["ttgir"])),
         **{name: len(re.findall(pattern, ptx)) for name, pattern in FAST_MATH.items()},
     )
-
-
-def cached_measure(compiled: Any, arch: int, folder: Path) -> Figures:
-    """`measure`, kept in ``folder`` under the hash of the machine code and of this file."""
-    parts = (
-        compiled.asm["cubin"],
-        compiled.asm["ptx"].encode(),
-        repr((compiled.metadata.shared, compiled.metadata.num_warps)).encode(),
-        Path(__file__).read_bytes(),
-    )
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    path = make_dir(folder) / f"{key}.json"
-    if path.is_file():
-        return Figures(**json.loads(path.read_text()))
-    figures = measure(compiled, arch)
-    write_text(path, json.dumps(asdict(figures)))
-    return figures
-
-
-Gate = Callable[[Figures, int], str]
-"""Says what is wrong, or an empty string."""
-
-
-def _no_spills(f: Figures, arch: int) -> str:
-    if not f.spills and not f.local:
-        return ""
-    return f"{f.spills} spill instructions, {f.local} bytes of local memory"
-
-
-def _shared(f: Figures, arch: int) -> str:
-    limit = SHARED_LIMIT[arch]
-    return "" if f.shared <= limit else f"{f.shared} bytes of shared memory exceed {limit}"
-
-
-def _absent(name: str, what: str) -> Gate:
-    return lambda f, arch: f"{getattr(f, name)} times {what}" if getattr(f, name) else ""
-
-
-def _int8_mma(f: Figures, arch: int) -> str:
-    if arch >= 90:
-        return "" if f.igmma else f"no IGMMA (wgmma of int8); {f.imma} IMMA"
-    return "" if f.imma else "no IMMA"
-
-
-def _int8_mma_sync(f: Figures, arch: int) -> str:
-    return "" if f.imma or f.igmma else "neither IMMA nor IGMMA"
-
-
-def _float_mma(f: Figures, arch: int) -> str:
-    return "" if f.hmma or f.hgmma else "neither HMMA nor HGMMA"
-
-
-def _vector_loads(f: Figures, arch: int) -> str:
-    return "" if f.wide_loads else f"none of {f.loads} global loads is of 16 bytes"
-
-
-_fused = _absent("fma", "fma.rn.f32, which rounds once; multiply and add instead")
-
-GATES: dict[str, Gate] = {
-    "spills": _no_spills,
-    "shared_memory": _shared,
-    "div_full": _absent("div_full", "div.full, which is 2 ulp; use tl.div_rn"),
-    "ftz": _absent("ftz", ".ftz, which flushes subnormals; use numerics, not libdevice"),
-    "approx": _absent("approx", ".approx; use tl.div_rn, tl.sqrt_rn and numerics"),
-    "tf32": _absent("tf32", "a TF32 product of fp32; pass input_precision='ieee'"),
-    "fma": lambda f, arch: "" if f.float_dots else _fused(f, arch),
-}
-"""Of every kernel."""
-PROMISES: dict[str, Gate] = {
-    "int8_mma": _int8_mma,
-    "int8_mma_sync": _int8_mma_sync,
-    "float_mma": _float_mma,
-    "vector_loads": _vector_loads,
-}
-"""Of variants that promise them; ``int8_mma_sync`` is for tiles too small for wgmma (M < 64)."""
-
-APPROXIMATE = "approximate"
-"""Of variants that may use ex2.approx and the like: they are held to the 2x rule, not to bits."""
-
-
-def failures(figures: Figures, arch: int, promises: Sequence[str] | frozenset[str]) -> list[str]:
-    """``gate: what is wrong`` of every gate that does not hold.
-
-    Raises:
-        ValueError: a promise that has no gate.
-    """
-    unknown = sorted(set(promises) - PROMISES.keys() - {APPROXIMATE})
-    if unknown:
-        raise ValueError(f"promises {unknown} have no gate; choose from {', '.join(PROMISES)}")
-    gates = GATES | {name: gate for name, gate in PROMISES.items() if name in promises}
-    if APPROXIMATE in promises:
-        del gates["approx"]
-    found = {name: gate(figures, arch) for name, gate in gates.items()}
-    return [f"{name}: {what}" for name, what in found.items() if what]

@@ -32,6 +32,14 @@ def fake_quantize(x: Tensor, bits: int) -> Tensor:
     return x + (rounded - x).detach()
 
 
+def fake_quantize_channels(x: Tensor, bits: int, group_size: int) -> Tensor:
+    """One scale per group of columns over all rows [R, C]."""
+    qmax = 2 ** (bits - 1) - 1
+    groups = x.reshape(x.shape[0], -1, group_size)
+    scale = groups.abs().amax((0, 2), keepdim=True).clamp(min=1e-20) / qmax
+    return (torch.clamp(torch.round(groups / scale), -qmax, qmax) * scale).reshape(x.shape)
+
+
 def fake_quantize_affine(x: Tensor, bits: int) -> Tensor:
     """Min-max scales in plain torch, then torch's fused per-channel fake quantization (fp32)."""
     qmax = 2 ** (bits - 1) - 1

@@ -1,236 +1,140 @@
 """Compile every Triton kernel ahead of time, with no GPU, and check what came out.
 
-    python -m benchmarks.kernel_report [--only TEXT ...] [--skip TEXT ...] [--arch 80 90]
-                                       [--quick] [--json] [--save | --check]
+    python -m benchmarks.kernel_report [--only TEXT ...] [--skip TEXT ...] [--arch 80 90] [--quick]
+                                       [--fresh] [--verify N [--seed TEXT]] [--json]
+                                       [--save | --check]
 
 Every form that a launch can select (``variants()`` of each file of kernels) is compiled for each
 architecture; the table shows registers, memory and instructions, and the exit status is 1 if a gate
-of `benchmarks.cubin` fails. --only takes variants whose "file/name" contains TEXT, --skip leaves
-such out, --quick takes one variant of each kernel. --save writes docs/kernels/, --check says if
-those pages are stale. Triton's cache lies in build/triton-cache, so that a repeat compiles only
-what changed.
+of `benchmarks.gates` fails. A form whose content key (`benchmarks.kernel_keys`) docs/kernels
+records is not compiled again: its recorded figures must pass the gates. --fresh compiles all of
+them, --verify about N drawn by the seed (default: the commit), and says where the record is wrong.
+--only takes forms whose "file/name" contains TEXT, --skip leaves such out, --quick takes one form
+of each kernel. --save writes docs/kernels/, --check says if those pages are stale.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.util import find_spec
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from benchmarks.cubin import APPROXIMATE, ARCHS, cached_measure, compile_variant, failures
-from llmqat.io import make_dir, remove, write_text
-from llmqat_kernels.backends import triton as backend
-from llmqat_kernels.backends.triton.launch import Variant
+from benchmarks.cubin import ARCHS, Figures, compile_variant, measure
+from benchmarks.gates import failures
+from benchmarks.kernel_forms import Form, drawn, promises, selected, variants
+from benchmarks.kernel_keys import form_key
+from benchmarks.kernel_pages import Result, pages, recorded, save, stale, table
+from llmqat.io import make_dir, write_text
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "triton-cache"
+FIGURES = CACHE / "figures"
 PAGES = ROOT / "docs" / "kernels"
 PROCESSES = 2
-FLOAT_SUMS = frozenset({"attention_decode", "distillation_loss"})
-"""Files whose results are sums of exponentials, exact up to the 2x rule of the specification."""
-COLUMNS = ("registers", "resident", "shared", "spills", "instructions", "mma", "loads", "stores")
+AT_ONCE = 16
+"""Forms that one disassembler reads."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """One variant on one architecture; without ``figures`` it did not compile."""
-
-    module: str
-    name: str
-    arch: int
-    promises: tuple[str, ...]
-    figures: dict[str, int] | None = None
-    failures: list[str] = field(default_factory=list)
+def key_of(form: Form) -> str:
+    """The content key of a form; empty if its file has no such variant."""
+    module, name, arch = form
+    try:
+        return form_key(variants(module, arch)[name], arch)
+    except Exception:  # compiling it says why
+        return ""
 
 
-def modules() -> list[str]:
-    """The files of kernels that exist."""
-    return [name for name in backend.MODULES if find_spec(f"{backend.__name__}.{name}")]
+def gated(form: Form, figures: Mapping[str, int]) -> Result:
+    """The result of a form with known figures: the gates and promises are those of today."""
+    module, name, arch = form
+    said = promises(module, variants(module, arch)[name])
+    found = failures(Figures(**figures), arch, said)
+    return Result(module, name, arch, said, dict(figures), found, key_of(form))
 
 
-def kernels_of(module: str) -> ModuleType:
-    """The imported file of kernels."""
-    return importlib.import_module(f"{backend.__name__}.{module}")
+def examine(forms: Sequence[Form], again: bool = False) -> list[Result]:
+    """Compile forms and check them against their gates.
 
-
-@cache
-def variants(module: str, arch: int) -> dict[str, Variant]:
-    """The variants of a file by name.
-
-    Raises:
-        ValueError: two variants of one name.
+    Figures stay in the cache under the content key, so that a run that was interrupted goes on
+    where it was; ``again``: they are not taken from there.
     """
-    found: dict[str, Variant] = {}
-    for variant in kernels_of(module).variants(arch):
-        if variant.name in found:
-            raise ValueError(f"{module}: two variants are called {variant.name!r}")
-        found[variant.name] = variant
+    results: dict[Form, Result] = {}
+    compiled: dict[Form, Any] = {}
+    for form in forms:
+        module, name, arch = form
+        kept = FIGURES / f"{key_of(form)}.json"
+        if kept.is_file() and not again:
+            results[form] = gated(form, json.loads(kept.read_text()))
+            continue
+        try:
+            compiled[form] = compile_variant(variants(module, arch)[name], arch)
+        except Exception as error:  # whatever the compiler raises is a result of this report
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            what = f"compile: {type(error).__name__}: {' | '.join(lines[-3:])}"
+            results[form] = Result(module, name, arch, (), failures=[what], key=key_of(form))
+    for arch in {form[2] for form in compiled}:
+        mine = [form for form in compiled if form[2] == arch]
+        for form, figures in zip(mine, measure([compiled[f] for f in mine], arch), strict=True):
+            results[form] = gated(form, asdict(figures))
+            write_text(make_dir(FIGURES) / f"{key_of(form)}.json", json.dumps(asdict(figures)))
+    return [results[form] for form in forms]
+
+
+def run(
+    forms: Sequence[Form], processes: int = PROCESSES, again: bool = False
+) -> dict[Form, Result]:
+    """The results of ``forms``, compiled in ``processes`` at a time; ``again``: see `examine`."""
+    # Forked, so that the files of kernels are imported once.
+    context = multiprocessing.get_context("fork")
+    parts = [forms[start : start + AT_ONCE] for start in range(0, len(forms), AT_ONCE)]
+    with ProcessPoolExecutor(min(processes, len(parts) or 1), mp_context=context) as pool:
+        return {
+            result.form: result
+            for part in pool.map(partial(examine, again=again), parts)
+            for result in part
+        }
+
+
+def reusable(forms: Sequence[Form], records: Mapping[Form, Result]) -> dict[Form, Result]:
+    """The results of forms whose recorded key is their key, with the gates of today."""
+    found = {}
+    for form in forms:
+        known = records.get(form)
+        if known and known.figures and known.key == key_of(form):
+            found[form] = gated(form, known.figures)
     return found
 
 
-def examine(module: str, name: str, arch: int) -> Result:
-    """Compile one variant and check it against its gates."""
-    promises: tuple[str, ...] = ()
+def commit() -> str:
+    """The commit that is checked out; a fixed text without one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        variant = variants(module, arch)[name]
-        promises = tuple(
-            sorted(variant.promises | ({APPROXIMATE} if module in FLOAT_SUMS else set()))
-        )
-        compiled = compile_variant(variant, arch)
-    except Exception as error:  # whatever the compiler raises is a result of this report
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        what = f"compile: {type(error).__name__}: {' | '.join(lines[-3:])}"
-        return Result(module, name, arch, promises, failures=[what])
-    figures = cached_measure(compiled, arch, CACHE / "figures")
-    found = failures(figures, arch, promises)
-    return Result(module, name, arch, promises, asdict(figures), found)
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "no commit"
+    return said.stdout.strip()
 
 
-def _firsts(module: str, arch: int) -> list[str]:
-    """The first variant of each kernel function."""
-    first: dict[str, str] = {}
-    for name, variant in variants(module, arch).items():
-        first.setdefault(variant.kernel.__name__, name)
-    return list(first.values())
+def disagreements(again: Mapping[Form, Result], known: Mapping[Form, Result]) -> Iterator[str]:
+    """What forms that were compiled again show other than their record."""
+    for form, result in again.items():
+        now, said = result.figures or {}, known[form].figures or {}
+        wrong = [f"{n} {now.get(n)} not {said.get(n)}" for n in said if now.get(n) != said[n]]
+        if wrong:
+            yield f"{form[0]}/{form[1]} sm_{form[2]}: {', '.join(wrong)}"
 
 
-def names(module: str, arch: int, quick: bool) -> list[str]:
-    """The variants of a file; of one that cannot be imported a name that `examine` fails on."""
-    try:
-        return _firsts(module, arch) if quick else list(variants(module, arch))
-    except Exception as error:  # one broken file must not hide the others
-        return [f"variants(): {type(error).__name__}"]
-
-
-def selected(
-    only: Sequence[str], archs: Sequence[int], quick: bool = False, skip: Sequence[str] = ()
-) -> list[tuple[str, str, int]]:
-    """(file, variant, architecture) of everything that the options ask for."""
-    return [
-        (module, name, arch)
-        for module in modules()
-        for arch in archs
-        for name in names(module, arch, quick)
-        if not only or any(text in f"{module}/{name}" for text in only)
-        if not any(text in f"{module}/{name}" for text in skip)
-    ]
-
-
-def run(jobs: Sequence[tuple[str, str, int]], processes: int = PROCESSES) -> list[Result]:
-    """The results in the order of ``jobs``; kernels are compiled in ``processes`` at a time."""
-    # Forked, so that the files of kernels are imported once.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(min(processes, len(jobs) or 1), mp_context=context) as pool:
-        return list(pool.map(examine, *zip(*jobs, strict=True))) if jobs else []
-
-
-def cells(figures: Mapping[str, int]) -> dict[str, str]:
-    """What the tables show of a kernel."""
-    of = {name: f"{figures[name]}" for name in ("registers", "spills", "instructions")}
-    mma = [f"{figures[n]} {n.upper()}" for n in ("imma", "igmma", "hmma", "hgmma") if figures[n]]
-    return of | {
-        "resident": f"{figures['resident']}/64",
-        "shared": f"{figures['shared']}",
-        "mma": ", ".join(mma) or "-",
-        "loads": f"{figures['wide_loads']}/{figures['loads']}",
-        "stores": f"{figures['wide_stores']}/{figures['stores']}",
-    }
-
-
-def table(results: Sequence[Result]) -> Iterator[str]:
-    """The results as text for a terminal, failures below their row."""
-    width = max((len(f"{r.module}/{r.name}") for r in results), default=0)
-    heads = {c: max(len(c), 9) for c in COLUMNS} | {"mma": 18}
-    titles = " ".join(f"{c:>{w}}" for c, w in heads.items())
-    yield f"{'kernel':{width}} arch {titles}"
-    for r in results:
-        shown = cells(r.figures) if r.figures else dict.fromkeys(COLUMNS, "?")
-        row = " ".join(f"{shown[c]:>{w}}" for c, w in heads.items())
-        yield f"{r.module + '/' + r.name:{width}} {r.arch:4} {row}"
-        yield from (f"    FAILS {what}" for what in r.failures)
-
-
-def _head(module: str, title: str, archs: Sequence[int]) -> list[str]:
-    import triton
-
-    doc = (kernels_of(module).__doc__ or "").strip().splitlines()
-    kinds = ", ".join(f"sm_{arch}" for arch in archs)
-    return [
-        f"# {title}",
-        "",
-        f"{doc[0] if doc else ''} Source: `llmqat_kernels/backends/triton/{module}.py`.",
-        "",
-        f"Compiled ahead of time for {kinds} with triton {triton.__version__}, on a machine without"
-        " a GPU, by `make kernels`",
-        "(`python -m benchmarks.kernel_report --save`). Nothing here is a time.",
-        "",
-        "*resident*: warps an SM can hold at once, of 64. *shared*: bytes a thread block."
-        " *loads*, *stores*: instructions",
-        "of 16 bytes a thread / all to global memory. *mma*: tensor core instructions.",
-        "",
-    ]
-
-
-def page(module: str, results: Sequence[Result], archs: Sequence[int]) -> str:
-    """The page of one file of kernels: each variant with all architectures side by side."""
-    by = {(r.name, r.arch): r for r in results}
-    columns = [f"{c} {arch}" for c in COLUMNS for arch in archs]
-    lines = _head(module, module, archs)
-    lines.append(f"| kernel | {' | '.join(columns)} |")
-    lines.append(f"|---|{'---:|' * len(columns)}")
-    for name in dict.fromkeys(r.name for r in results):
-        found = {arch: by.get((name, arch)) for arch in archs}
-        shown = {arch: cells(r.figures) if r and r.figures else {} for arch, r in found.items()}
-        row = [shown[arch].get(c, "") for c in COLUMNS for arch in archs]
-        lines.append(f"| {name} | {' | '.join(row)} |")
-    bad = [f"- {r.name} sm_{r.arch}: {what}" for r in results for what in r.failures]
-    return "\n".join([*lines, *(["", "Gates that fail:", "", *bad] if bad else []), ""])
-
-
-def pages(results: Sequence[Result], archs: Sequence[int]) -> dict[str, str]:
-    """File name -> text of everything under docs/kernels."""
-    import triton
-
-    by_module: dict[str, list[Result]] = {}
-    for result in results:
-        by_module.setdefault(result.module, []).append(result)
-    texts = {f"{m}.md": page(m, found, archs) for m, found in by_module.items()}
-    data: dict[str, Any] = {"triton": triton.__version__, "kernels": [asdict(r) for r in results]}
-    # One kernel a line: a change of one is a change of one line.
-    rows = ",\n".join(json.dumps(row) for row in data["kernels"])
-    texts["kernels.json"] = f'{{"triton": "{data["triton"]}", "kernels": [\n{rows}\n]}}\n'
-    return texts
-
-
-def save(texts: Mapping[str, str], folder: Path) -> None:
-    """Write the pages and remove those of files that are gone."""
-    make_dir(folder)
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    for path in folder.glob("*.md"):
-        if path.name not in texts:
-            remove(path)
-
-
-def stale(texts: Mapping[str, str], folder: Path) -> list[str]:
-    """Names of the pages that differ from ``texts``, are missing, or should not be there."""
-    there = {path.name: path.read_text() for path in folder.glob("*") if path.is_file()}
-    return sorted(n for n in {*texts, *there} if texts.get(n) != there.get(n))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, print, check; 0 when every gate holds (and no page is stale with --check)."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_report",
         description="Compile every Triton kernel with no GPU and check its gates.",
@@ -238,42 +142,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="part of file/name")
     parser.add_argument("--skip", nargs="+", default=[], metavar="TEXT", help="the same, left out")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
+    parser.add_argument("--quick", action="store_true", help="one form of each kernel")
+    parser.add_argument("--fresh", action="store_true", help="compile what is recorded, too")
+    parser.add_argument("--verify", type=int, default=0, metavar="N", help="so many of it")
+    parser.add_argument("--seed", help="of --verify; default: the commit")
     parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--save", action="store_true", help="write docs/kernels")
     parser.add_argument("--check", action="store_true", help="exit 1 if docs/kernels is stale")
     options = parser.parse_args(argv)
     partly = options.only or options.skip or options.quick
-    whole = not partly and set(options.arch) == set(ARCHS)
-    if (options.save or options.check) and not whole:
+    if (options.save or options.check) and (partly or set(options.arch) != set(ARCHS)):
         parser.error(
             "--save and --check take every kernel: leave --only, --skip, --arch and --quick out"
         )
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, print, check; 0 when every gate holds, no record is wrong and no page is stale."""
+    options = parsed(argv)
     # Read when a kernel is defined: the kernels must be imported after this.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
-    jobs = selected(options.only, sorted(options.arch), options.quick, options.skip)
-    if not jobs:
-        parser.error(f"--only {' '.join(options.only)}: no variant has this in its name")
-    results = run(jobs, options.processes)
+    archs = sorted(options.arch)
+    forms = selected(options.only, archs, options.quick, options.skip)
+    if not forms:
+        print(f"--only {' '.join(options.only)}: no form has this in its name", file=sys.stderr)
+        return 2
+    known = {} if options.fresh else reusable(forms, recorded(PAGES)[1])
+    seed = options.seed or commit()
+    again = drawn(list(known), options.verify, seed) if options.verify else []
+    missing = [form for form in forms if form not in known]
+    compiled = run(missing, options.processes, options.fresh)
+    wrong = list(disagreements(run(again, options.processes, again=True), known))
+    found = known | compiled
+    results = [found[form] for form in forms]
     print(
         json.dumps([asdict(r) for r in results], indent=1)
         if options.json
         else "\n".join(table(results))
     )
     bad = [f"{r.module}/{r.name} sm_{r.arch}: {what}" for r in results for what in r.failures]
-    for line in bad:
-        print(f"FAILS {line}", file=sys.stderr)
-    if not bad and not options.json:
-        print(f"{len(results)} kernels, every gate holds")
-    texts = pages(results, sorted(options.arch)) if options.save or options.check else {}
+    texts = pages(results, archs) if options.save or options.check else {}
     if options.save:
         save(texts, PAGES)
     old = stale(texts, PAGES) if options.check else []
-    for name in old:
-        print(f"STALE docs/kernels/{name}: run `make kernels`", file=sys.stderr)
-    return 1 if bad or old else 0
+    says = [f"FAILS {line}" for line in bad]
+    says += [f"WRONG docs/kernels/kernels.json {line}: run `make kernels`" for line in wrong]
+    says += [f"STALE docs/kernels/{name}: run `make kernels`" for name in old]
+    print(*says, sep="\n", end="\n" if says else "", file=sys.stderr)
+    drew = f", {len(again)} of them again to verify (seed {seed})" if again else ""
+    print(
+        f"{len(results)} forms: {len(compiled)} compiled, {len(known)} recorded with"
+        f" the same key{drew}; {len(bad)} gates fail",
+        file=sys.stderr,
+    )
+    return 1 if says else 0
 
 
 if __name__ == "__main__":

@@ -126,6 +126,12 @@ def _fake_quantize(d: Draw) -> Args:
     return x, bits, group, d.maybe(2.0), bf16_scale
 
 
+def _fake_quantize_channels(d: Draw) -> Args:
+    size = d.random.choice((1, 4, 7, 32) if d.wide else (1, 4))
+    x = d.x(d.rows(), size * d.random.randint(1, 40), d.dtype())
+    return x, d.bits(), size, d.maybe(1.0)
+
+
 def _fake_quantize_backward(d: Draw) -> Args:
     rows, columns, dtype = d.rows(), d.columns(), d.dtype()
     return d.x(rows, columns, dtype), d.x(rows, columns, dtype), d.maybe(2.0, 0.25)
@@ -256,6 +262,7 @@ DRAWS: dict[str, Callable[[Draw], Args]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
     "fake_quantize": _fake_quantize,
+    "fake_quantize_channels": _fake_quantize_channels,
     "fake_quantize_backward": _fake_quantize_backward,
     "int_matmul": _int_matmul,
     "quantized_matmul": _quantized_matmul,

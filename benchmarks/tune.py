@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from benchmarks.entry import Job, everything
-from benchmarks.kernel_report import kernels_of, modules
+from benchmarks.kernel_forms import kernels_of, modules
 from benchmarks.registry import cases, op_names
 from benchmarks.roofline import repeated, repetitions
 from benchmarks.timing import Timer, cuda_seconds, environment, interleaved

@@ -16,6 +16,7 @@ ops = torch.ops.llmqat
 
 TRAINED = (
     "fake_quantize",
+    "fake_quantize_channels",
     "qat_linear",
     "qat_matmul",
     "rms_norm",
@@ -32,7 +33,8 @@ TRAINED = (
 
 
 def _fake_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, _, ctx.ste_clip, _ = inputs
+    # x, bits, group_size, ste_clip; fake_quantize also has bf16_scale.
+    x, ctx.ste_clip, ctx.others = inputs[0], inputs[3], len(inputs) - 1
     if ctx.ste_clip is not None:
         ctx.save_for_backward(x)
 
@@ -41,7 +43,7 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     if ctx.ste_clip is not None:
         (x,) = ctx.saved_tensors
         grad = ops.fake_quantize_backward(grad.contiguous(), x, ctx.ste_clip)
-    return grad, None, None, None, None
+    return grad, *(None,) * ctx.others
 
 
 def _keep_codes(
@@ -259,9 +261,8 @@ def _no_gradient(op: str) -> Any:
     return backward
 
 
-register_autograd(
-    "llmqat::fake_quantize", _fake_quantize_backward, setup_context=_fake_quantize_setup
-)
+for _op in ("fake_quantize", "fake_quantize_channels"):
+    register_autograd(f"llmqat::{_op}", _fake_quantize_backward, setup_context=_fake_quantize_setup)
 register_autograd("llmqat::qat_linear", _qat_linear_backward, setup_context=_qat_linear_setup)
 register_autograd("llmqat::rms_norm", _rms_norm_backward, setup_context=_rms_norm_setup)
 register_autograd(

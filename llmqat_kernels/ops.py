@@ -212,6 +212,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
     "fake_quantize": _like_first,
+    "fake_quantize_channels": _like_first,
     "fake_quantize_backward": _like_first,
     "pack_int4": _pack_int4,
     "unpack_int4": _unpack_int4,

@@ -18,6 +18,7 @@ SCHEMAS: dict[str, str] = {
     "quantize": "(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)",
     "dequantize": "(Tensor codes, Tensor scale, int group_size, ScalarType dtype) -> Tensor",
     "fake_quantize": "(Tensor x, int bits, int group_size=-1, float? ste_clip=None, bool bf16_scale=False) -> Tensor",
+    "fake_quantize_channels": "(Tensor x, int bits, int group_size, float? ste_clip=None) -> Tensor",
     "fake_quantize_backward": "(Tensor grad, Tensor x, float? ste_clip) -> Tensor",
     "pack_int4": "(Tensor codes) -> Tensor",
     "unpack_int4": "(Tensor packed, int columns) -> Tensor",

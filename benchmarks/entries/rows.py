@@ -1,4 +1,5 @@
-"""Entries of the row ops: quantize, dequantize, fake_quantize (forward and backward), int4 packing.
+"""Entries of the row ops: quantize, dequantize, fake_quantize (forward and backward), the same in
+channel groups, int4 packing.
 
 Floors: no arithmetic but the traffic counts for packing; a row op has a handful of fp32 operations
 a value (absolute value and maximum, multiply, clamp, round: at least 4; dequantize: 1).
@@ -14,6 +15,7 @@ from torch import Tensor
 import llmqat_kernels as qk
 from benchmarks import eager, optional
 from benchmarks.entry import Call, Cost, Entry, Grid, Job, Shape, nbytes, normal, same_bits
+from llmqat_kernels.spec import channels
 from llmqat_kernels.spec import quantize as spec
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -160,6 +162,26 @@ def _fake_quantize_cost(shape: Shape, dtype: torch.dtype) -> Cost:
     return Cost(_values(shape) * 2 * nbytes(dtype), 5 * _values(shape))
 
 
+def _channels(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
+    x = _rows(shape, dtype, device)
+
+    def call() -> Tensor:
+        return qk.fake_quantize_channels(x, 4, group_size=4)
+
+    return Job(
+        call,
+        {"eager": lambda: eager.fake_quantize_channels(x, 4, 4)},
+        same_bits(call),
+        _agreement(dtype),
+        {"torch.compile of the spec": _compiled(channels.fake_quantize_channels, x, 4, 4)},
+    )
+
+
+def _channels_cost(shape: Shape, dtype: torch.dtype) -> Cost:
+    # The scales are known only after the last row: x is read twice.
+    return Cost(_values(shape) * 3 * nbytes(dtype), 5 * _values(shape))
+
+
 def _codes(shape: Shape, device: torch.device) -> Tensor:
     return qk.quantize(_rows(shape, torch.float32, device), 4)[0]
 
@@ -198,6 +220,7 @@ ENTRIES = (
         WEIGHTS,
         GPU_WEIGHTS,
     ),
+    Entry("fake_quantize_channels", "4 bit", _channels_cost, _channels, TOKENS, GPU_TOKENS),
     Entry("pack_int4", "", _pack_cost, _pack, Grid(WEIGHTS.shapes, CODES)),
     Entry("unpack_int4", "", _pack_cost, _unpack, Grid(WEIGHTS.shapes, CODES)),
 )

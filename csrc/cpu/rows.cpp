@@ -21,25 +21,10 @@
 #include <type_traits>
 
 #include "cpu/isa.h"
+#include "cpu/magnitude.h"
 #include "cpu/vec.h"
 
 namespace llmqat::cpu {
-namespace {
-
-// amax of the stored bits, as the fp32 bits of |x| (row_scale's argument).
-uint32_t widen_amax(uint32_t amax, const float*) { return amax; }
-uint32_t widen_amax(uint32_t amax, const bf16*) { return amax << 16; }
-uint32_t widen_amax(uint32_t amax, const fp16*) {
-  return float_bits(to_float(fp16{static_cast<uint16_t>(amax)}));
-}
-
-uint32_t stored_magnitude(float v) { return magnitude_bits(v); }
-template <class T>
-uint32_t stored_magnitude(T v) {
-  return v.bits & 0x7FFFu;
-}
-
-}  // namespace
 
 // ---- scalar ----
 

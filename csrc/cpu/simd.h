@@ -57,6 +57,7 @@ inline F mul(F a, F b) { return a * b; }
 inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline F max(F a, F b) { return a > b ? a : b; }
+inline F min(F a, F b) { return a < b ? a : b; }
 inline F exp(F x) { return exp_f32(x); }
 inline F where_positive(F condition, F v) { return condition > 0.0f ? v : 0.0f; }
 inline F first_or(F v, int64_t n, float other) { return n > 0 ? v : other; }
@@ -115,6 +116,7 @@ LLMQAT_FN F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 LLMQAT_FN F div(F a, F b) { return _mm256_div_ps(a, b); }
 LLMQAT_FN F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 LLMQAT_FN F max(F a, F b) { return _mm256_max_ps(a, b); }
+LLMQAT_FN F min(F a, F b) { return _mm256_min_ps(a, b); }
 LLMQAT_FN F horner(F p, F x, float c) { return add(mul(p, x), set(c)); }
 
 LLMQAT_FN F exp(F x) {
@@ -270,6 +272,7 @@ LLMQAT_FN F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 LLMQAT_FN F div(F a, F b) { return _mm512_div_ps(a, b); }
 LLMQAT_FN F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 LLMQAT_FN F max(F a, F b) { return _mm512_max_ps(a, b); }
+LLMQAT_FN F min(F a, F b) { return _mm512_min_ps(a, b); }
 LLMQAT_FN F horner(F p, F x, float c) { return add(mul(p, x), set(c)); }
 LLMQAT_FN F load(const float* p) { return _mm512_loadu_ps(p); }
 LLMQAT_FN void store(float* p, F v) { _mm512_storeu_ps(p, v); }

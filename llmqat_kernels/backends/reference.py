@@ -6,9 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 from ..schemas import SCHEMAS
-from ..spec import activation, attention, distillation, int4, linear, norm, quantize, rope, sampling
+from ..spec import (
+    activation,
+    attention,
+    channels,
+    distillation,
+    int4,
+    linear,
+    norm,
+    quantize,
+    rope,
+    sampling,
+)
 
-_MODULES = (quantize, int4, linear, norm, activation, rope, attention, distillation, sampling)
+_MODULES = (
+    quantize,
+    channels,
+    int4,
+    linear,
+    norm,
+    activation,
+    rope,
+    attention,
+    distillation,
+    sampling,
+)
 
 
 def _find(op: str) -> Callable[..., Any]:

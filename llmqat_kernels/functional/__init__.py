@@ -6,6 +6,14 @@ Shapes and formulas: ``docs/spec.md``.
 from __future__ import annotations
 
 from .. import autograd as autograd  # registers the backward formulas
+from .comparison import (
+    fake_quantize_asymmetric,
+    fake_quantize_channels,
+    fake_quantize_lsq,
+    fake_quantize_official,
+    fake_quantize_statsq,
+    lsq_scale,
+)
 from .heads import distillation_loss, distillation_loss_logits, distillation_loss_top_k, sample
 from .linears import (
     float_matmul,
@@ -38,8 +46,14 @@ __all__ = [
     "distillation_loss_logits",
     "distillation_loss_top_k",
     "fake_quantize",
+    "fake_quantize_asymmetric",
+    "fake_quantize_channels",
+    "fake_quantize_lsq",
+    "fake_quantize_official",
+    "fake_quantize_statsq",
     "float_matmul",
     "integer_group_matmul",
+    "lsq_scale",
     "pack_int4",
     "qat_linear",
     "qat_matmul",

@@ -19,7 +19,8 @@ from ..errors import InvalidArgument
 ops = torch.ops.llmqat
 
 
-def _bf16_scale(scale_dtype: torch.dtype) -> bool:
+def bf16_scale(scale_dtype: torch.dtype) -> bool:
+    """Whether scales are rounded to bfloat16; InvalidArgument for a dtype that is no choice."""
     if scale_dtype not in (torch.float32, torch.bfloat16):
         raise InvalidArgument(
             f"scale_dtype: {scale_dtype} is not supported; use torch.float32 or torch.bfloat16"
@@ -48,7 +49,7 @@ def quantize(
     check_tensor("x", x, FLOAT_DTYPES)
     check_bits("bits", bits)
     check_group_size(x.shape[-1], group_size)
-    codes, scale = ops.quantize(x, bits, group_size, _bf16_scale(scale_dtype))
+    codes, scale = ops.quantize(x, bits, group_size, bf16_scale(scale_dtype))
     return codes, scale
 
 
@@ -84,10 +85,11 @@ def fake_quantize(
     check_tensor("x", x, FLOAT_DTYPES)
     check_bits("bits", bits)
     check_group_size(x.shape[-1], group_size)
-    return ops.fake_quantize(x, bits, group_size, check_clip(ste_clip), _bf16_scale(scale_dtype))
+    return ops.fake_quantize(x, bits, group_size, check_clip(ste_clip), bf16_scale(scale_dtype))
 
 
 def check_clip(ste_clip: float | None) -> float | None:
+    """``ste_clip`` itself, if it is None or positive."""
     if ste_clip is not None and not ste_clip > 0:
         raise InvalidArgument(
             f"ste_clip: {ste_clip} must be positive; use None to pass every gradient"

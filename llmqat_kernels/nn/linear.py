@@ -113,6 +113,13 @@ class QATLinear(nn.Linear):
         """Forget the weight codes, after writing the weight behind autograd's back."""
         self._weight_codes.clear()
 
+    def keep_codes(self, keep: bool) -> None:
+        """Whether to compute the weight's codes once per optimizer step (the default) or in every
+        forward: for weights that exist only during a forward (FSDP).
+        """
+        self.clear_cache()
+        self._weight_codes.keep = keep
+
     def forward(self, x: Tensor | QuantizedRows | GatedRows) -> Tensor:
         """x float [..., K] or rows of that shape -> [..., N] in x's dtype (for a float x under
         autocast: the autocast dtype).

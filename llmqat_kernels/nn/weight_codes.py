@@ -39,10 +39,12 @@ class WeightCodes:
 
     They are found stale by tensor, address, version counter, optimizer steps and settings; after
     writing through `weight.data` in any other way call :meth:`clear`. While torch.compile traces,
-    nothing is kept. A copy or a pickle is empty: it will belong to another weight.
+    nothing is kept, nor ever where `keep` is False: for weights that exist only during a forward
+    (FSDP). A copy or a pickle is empty: it will belong to another weight.
     """
 
     def __init__(self) -> None:
+        self.keep = True
         self._entry: _Entry | None = None
 
     def get(
@@ -57,17 +59,21 @@ class WeightCodes:
                 weight.detach(), bits, group_size=group_size, scale_dtype=scale_dtype
             )
 
-        if torch.compiler.is_compiling() or weight.is_meta or weight.is_inference():
+        passing = torch.compiler.is_compiling() or weight.is_meta or weight.is_inference()
+        if passing or not self.keep:
             return quantize()
-        address = (weight._version, weight.data_ptr())
-        key = (_optimizer_epoch, *address, bits, group_size, scale_dtype)
+        # A view (the transpose of a parameter) is made anew for every forward: its base is what
+        # lives on.
+        owner = weight if weight._base is None else weight._base
+        place = (weight._version, weight.data_ptr(), weight.shape, weight.stride())
+        key = (_optimizer_epoch, *place, bits, group_size, scale_dtype)
         entry = self._entry
-        if entry is not None and entry.weight() is weight and entry.key == key:
+        if entry is not None and entry.weight() is owner and entry.key == key:
             return entry.codes, entry.scale
         # Codes made under inference_mode could not be saved for a later backward.
         with torch.inference_mode(False):
             codes, scale = quantize()
-        self._entry = _Entry(weakref.ref(weight), key, codes, scale)
+        self._entry = _Entry(weakref.ref(owner), key, codes, scale)
         return codes, scale
 
     def clear(self) -> None:

@@ -38,6 +38,12 @@ def _fake_quantize():
         yield _grad(3, 16, dtype=dtype), 4, 8, 2.0, True
 
 
+def _fake_quantize_channels():
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _grad(3, 16, dtype=dtype), 4, 4
+        yield _grad(2, 3, 16, dtype=dtype), 4, 1, 1.0
+
+
 def _fake_quantize_backward():
     yield torch.randn(3, 16), torch.randn(3, 16), 1.0
     yield torch.randn(3, 16), torch.randn(3, 16), None

@@ -1,4 +1,4 @@
-"""Kernels of which each breaks one gate of `benchmarks.cubin`; `python -m tests.triton.bad_kernels`
+"""Kernels of which each breaks one gate of `benchmarks.gates`; `python -m tests.triton.bad_kernels`
 prints what the gates say, ``{"name arch": [...]}``. Run without TRITON_INTERPRET.
 """
 
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from benchmarks.cubin import ARCHS, cached_measure, compile_variant, failures
-from benchmarks.kernel_report import CACHE
+from benchmarks.cubin import ARCHS, compile_variant, measure
+from benchmarks.gates import failures
 from llmqat_kernels.backends.triton.launch import Variant
 
 
@@ -56,7 +56,6 @@ def dot(name, dtype, size, block, promises=frozenset(), ieee=True, **options):
         product,
         {"a": f"*{dtype}", "b": f"*{dtype}", "c": f"*{total}", "K": "i32"},
         {"M": size, "N": size, "BLOCK": block, "IEEE": ieee},
-        divisible=("K",),
         promises=promises,
         **options,
     )
@@ -84,8 +83,8 @@ VARIANTS = (
 
 if __name__ == "__main__":
     said = {}
-    for variant in VARIANTS:
-        for arch in ARCHS:
-            figures = cached_measure(compile_variant(variant, arch), arch, CACHE / "figures")
+    for arch in ARCHS:
+        kernels = [compile_variant(variant, arch) for variant in VARIANTS]
+        for variant, figures in zip(VARIANTS, measure(kernels, arch), strict=True):
             said[f"{variant.name} {arch}"] = failures(figures, arch, variant.promises)
     print(json.dumps(said, indent=1))

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from llmqat_kernels import InvalidArgument, InvalidArgumentType
-from llmqat_kernels.backends.triton.attention_decode import SPLIT, block_tokens, half_block
+from llmqat_kernels.backends.triton.attention_decode import (
+    SPLIT,
+    block_tokens,
+    fits,
+    half_block,
+)
 from llmqat_kernels.spec import attention as spec
 from llmqat_kernels.testing import DTYPES, assert_same_bits, assert_within_ratio, generator
 from tests.kernels.kv_cases import MODES, poison
@@ -175,8 +180,14 @@ def test_bad_arguments_name_the_argument():
 
 
 def test_tiles():
-    assert [half_block(h) for h in (1, 16, 17, 40, 64)] == [16, 16, 32, 64, 64]
+    assert [half_block(h) for h in (1, 16, 17, 40, 64, 65)] == [32, 32, 32, 64, 64, 128]
     for dtype in DTYPES:
         for per_token in (False, True):
-            for half in (1, 32, 40, 64):
-                assert SPLIT % block_tokens(dtype, half, per_token) == 0
+            for half in (1, 32, 40, 64, 65, 128):
+                for regular in (False, True):
+                    assert SPLIT % block_tokens(dtype, half, per_token, regular) == 0
+
+
+def test_what_does_not_fit_the_registers_is_refused():
+    assert [fits(torch.float32, half) for half in (33, 64, 65, 66)] == [True, True, False, True]
+    assert all(fits(torch.bfloat16, half) for half in (33, 65))

@@ -68,6 +68,6 @@ def test_group_too_long():
         run("quantize_integer_groups", torch.empty(1, 65_537), 4, 65_537)
 
 
-@pytest.mark.parametrize(("group_size", "want"), [(1, (4096, 1, 4)), (100, (32, 128, 4))])
+@pytest.mark.parametrize(("group_size", "want"), [(1, (256, 16, 4)), (100, (32, 128, 4))])
 def test_chunks(group_size, want):
     assert group_chunk(group_size) == want

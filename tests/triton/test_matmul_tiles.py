@@ -40,12 +40,17 @@ def test_every_multiprocessor_has_work_where_that_is_possible(arch):
     [
         (1, (32, 1, False)),
         (32, (32, 1, True)),
-        (96, (32, 3, True)),
-        (100, (128, 1, False)),
+        (64, (64, 1, True)),
+        (96, (64, 2, False)),
+        (100, (64, 2, False)),
         (128, (128, 1, True)),
-        (150, (128, 2, False)),
         (256, (128, 2, True)),
     ],
 )
 def test_steps_of_a_group(group_size, steps):
     assert group_steps(group_size) == steps
+
+
+@pytest.mark.parametrize(("group_size", "steps"), [(32, (32, 1, False)), (128, (64, 2, False))])
+def test_steps_in_rows_that_begin_anywhere_are_short_and_padded(group_size, steps):
+    assert group_steps(group_size, regular=False) == steps

@@ -12,10 +12,20 @@ def test_every_tile_covers_its_row():
         assert tile.chunks * tile.width >= columns > (tile.chunks - 1) * tile.width
         # The tree over chunks and the tree inside one make the tree of the padded row (spec 11).
         padded = row_tiles.next_power_of_two(tile.chunks) * tile.width
-        assert padded == row_tiles.next_power_of_two(columns)
+        assert padded == max(row_tiles.next_power_of_two(columns), row_tiles.SHORTEST)
         assert tile.rows == 1 or tile.chunks == 1
         elements = tile.rows * tile.width * tile.chunks // (32 * tile.num_warps)
         assert 8 <= elements <= 64
+
+
+def test_the_longest_rows_have_every_width_and_the_most_chunks():
+    most = {}
+    for columns in range(1, row_tiles.MAX_COLUMNS + 1):
+        tile = row_tiles.row_tile(columns)
+        width = tile.rows * tile.width, tile.num_warps
+        most[width] = max(tile.chunks, most.get(width, 0))
+    listed = [row_tiles.row_tile(columns) for columns in row_tiles.LONGEST_OF_TILES]
+    assert {(t.rows * t.width, t.num_warps): t.chunks for t in listed} == most
 
 
 def test_real_rows_waste_few_lanes():

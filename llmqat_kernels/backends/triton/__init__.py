@@ -16,6 +16,7 @@ import torch
 
 MODULES = (
     "quantize",
+    "channels",
     "rms_norm_quantize",
     "silu_mul_quantize",
     "quantized_linear",

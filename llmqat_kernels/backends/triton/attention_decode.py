@@ -14,7 +14,8 @@ Numerics: 2x rule. Codes are exact in every dtype of q; scales are applied in fp
           products. In paper mode K is rotated in fp32 and rounded once. fp32 products are IEEE.
 Edges:    tokens past the length are never loaded. Length 0 gives 0; NaN within the length gives
           NaN, and so does a slot or a length outside the cache (the host reads neither).
-Limits:   groups of more than 16 query heads read the cache once for every 16.
+Limits:   groups of more than 16 query heads read the cache once for every 16. No fp32 queries over
+          packed codes in paper mode with odd halves of more than 64 columns.
 Tests:    tests/triton/test_attention_decode.py, tests/kernels/test_attention_decode_spec.py
 Bench:    python -m benchmarks.run --op attention_decode --device cuda
 """
@@ -31,8 +32,8 @@ from torch import Tensor
 
 from ...errors import InvalidArgument
 from . import numerics
-from .kv_cache import cache_form, check_index, check_table, rows_of
-from .launch import TRITON_TYPES, Variant, empty, launch
+from .kv_cache import cache_form, check_index, check_table, heads_of
+from .launch import ALIGNMENT, TRITON_TYPES, Variant, aligned, empty, launch, unaligned
 from .row_tiles import next_power_of_two
 
 SPLIT = 256
@@ -44,22 +45,39 @@ SPLITS_AT_ONCE = 16
 """Partial sums that the second kernel loads at once."""
 
 
-def block_tokens(dtype: torch.dtype, half: int, per_token: bool) -> int:
-    """Tokens at once: as many as the registers hold.
+def block_tokens(dtype: torch.dtype, half: int, per_token: bool, regular: bool) -> int:
+    """Tokens at once: as many as the registers hold; fewer of heads of more than 128 columns, and
+    of rows that begin anywhere (not ``regular``) and are loaded element by element.
 
     128 tokens take 15 % fewer instructions a token than 64, but paper mode also holds the tables
     and the rotated keys, halves that fill no power of two also hold masks, casts to fp16 hold
     both forms, and fp32 products run on the FMA units with operands in registers.
     """
-    if dtype == torch.float32:
-        return 32
     fits = dtype == torch.bfloat16 and not per_token and half == half_block(half)
-    return 128 if fits else 64
+    tokens = 32 if dtype == torch.float32 else 128 if fits and regular else 64
+    if half_block(half) > 64:
+        tokens //= 4 if per_token else 2
+    return max(16, tokens if regular else tokens // 4)
 
 
-def warps(dtype: torch.dtype) -> int:
-    """Warps a program: one MMA row of 16 queries has work for 4."""
-    return 8 if dtype == torch.float32 else 4
+def stages(dtype: torch.dtype, half: int, quantized: bool, regular: bool) -> int:
+    """Steps whose loads are under way: one, where fp32 takes all registers, because single elements
+    are loaded or a head has more than 128 columns."""
+    if dtype != torch.float32:
+        return 2
+    return 1 if not regular or (half_block(half) > 64 and not quantized) else 2
+
+
+def warps(dtype: torch.dtype, half: int) -> int:
+    """Warps a program: one MMA row of 16 queries has work for 4, the sums of more than 128 columns
+    for twice as many."""
+    return 8 if dtype == torch.float32 or half_block(half) > 64 else 4
+
+
+def fits(dtype: torch.dtype, half: int) -> bool:
+    """Whether rotated fp32 keys of packed codes fit the registers: not those of wide halves whose
+    two nibbles of a byte belong to different halves."""
+    return dtype != torch.float32 or half % 2 == 0 or half_block(half) <= 64
 
 
 @triton.jit
@@ -94,7 +112,12 @@ def _load_half(
     return values
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "k_scale", "v_scale", "slots", "lengths", "n_slots", "tokens", "heads", "kv_heads",
+        "splits", "table_rows", "scaling",
+    ]
+)  # fmt: skip
 def attend_split_kernel(
     q, k_codes, k_scale, v_codes, v_scale, cos, sin, slots, lengths, sums, tops, weights,
     n_slots, tokens, heads, kv_heads, splits, table_rows, q_token, q_head, scaling,
@@ -183,7 +206,9 @@ def attend_split_kernel(
     tl.store(at + HALF, sum2, mask=q_mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["slots", "lengths", "n_slots", "tokens", "heads", "splits"]
+)  # fmt: skip
 def add_splits_kernel(
     sums, tops, weights, slots, lengths, y, n_slots, tokens, heads, splits,
     D: tl.constexpr, D_BLOCK: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr,
@@ -250,7 +275,14 @@ def attention_decode(
     y = empty((n, heads, head_dim), q.dtype, q.device)
     if y.numel() == 0:
         return y
-    q, slots, lengths = rows_of(q), slots.contiguous(), lengths.contiguous()
+    if form.packed and form.per_token and not fits(q.dtype, form.half):
+        raise InvalidArgument(
+            f"q: float32 over packed codes in paper mode with head_dim {head_dim} is not supported"
+            " by the triton backend; use bfloat16 or float16"
+        )
+    (q, regular), slots, lengths = heads_of(q), slots.contiguous(), lengths.contiguous()
+    # Only a cache that was cut out of another tensor may have to be copied.
+    k_codes, v_codes = aligned(k_codes), aligned(v_codes)
     splits = max(1, triton.cdiv(form.tokens, SPLIT))
     sums = empty((n, heads, splits, head_dim), torch.float32, q.device)
     tops = empty((n, heads, splits), torch.float32, q.device)
@@ -258,74 +290,91 @@ def attention_decode(
     groups = triton.cdiv(heads // form.heads, GROUP)
     launch(
         attend_split_kernel, (n, form.heads * groups, splits),
-        q, k_codes, k_scale, v_codes, v_scale, cos.contiguous(), sin.contiguous(),
+        q, k_codes, k_scale, v_codes, v_scale, aligned(cos), aligned(sin),
         slots, lengths, sums, tops, weights,
         form.slots, form.tokens, heads, form.heads, splits, cos.shape[0],
         q.stride(0), q.stride(1), scaling,
         QUANTIZED=form.quantized, PACKED=form.packed, PER_TOKEN=form.per_token,
         HALF=form.half, HALF_BLOCK=half_block(form.half), GROUP=GROUP,
-        BLOCK=block_tokens(q.dtype, form.half, form.per_token), SPLIT=SPLIT,
-        num_warps=warps(q.dtype), num_stages=2,
+        BLOCK=block_tokens(q.dtype, form.half, form.per_token, regular), SPLIT=SPLIT,
+        num_warps=warps(q.dtype, form.half),
+        num_stages=stages(q.dtype, form.half, form.quantized, regular), regular=regular,
     )  # fmt: skip
     launch(
         add_splits_kernel, (n, heads),
         sums, tops, weights, slots, lengths, y, form.slots, form.tokens, heads, splits,
-        D=head_dim, D_BLOCK=next_power_of_two(head_dim), PARTS=SPLITS_AT_ONCE, SPLIT=SPLIT,
+        D=head_dim, D_BLOCK=2 * half_block(form.half), PARTS=SPLITS_AT_ONCE, SPLIT=SPLIT,
         num_warps=4,
     )  # fmt: skip
     return y
 
 
 def half_block(half: int) -> int:
-    """Columns of a tile of half heads: at least 16, the smallest K of an MMA."""
-    return max(16, next_power_of_two(half))
+    """Columns of a tile of half heads: at least 32, for heads of 64; an MMA takes 16."""
+    return max(32, next_power_of_two(half))
 
 
 KERNELS: dict[str, Any] = {"attention_decode": attention_decode}
 
-HEAD_DIMS = (64, 80, 96, 128)
+HEAD_DIMS = (64, 80, 128, 256, 160, 66, 130, 72, 136)
+"""Of real models, and one for each width of tile and kind of half: a power of two, even, odd; rows
+at multiples of 16 bytes and rows that begin anywhere."""
+ONLY_PACKED = (72, 136)
+"""Whether a half is even matters where two codes share a byte."""
+INDEX = {"slots": "*i64", "lengths": "*i64"}
+PARTIAL = dict.fromkeys(("sums", "tops", "weights"), "*fp32")
+SIZES = dict.fromkeys(
+    ("n_slots", "tokens", "heads", "kv_heads", "splits", "table_rows", "q_token", "q_head"), "i32"
+)
+
+
+def _attend_variant(
+    head_dim: int, dtype: torch.dtype, mode: str, codes: str, regular: bool
+) -> Variant:
+    name, store, half = TRITON_TYPES[dtype], f"*{codes}", head_dim // 2
+    block = block_tokens(dtype, half, mode == "paper", regular)
+    # Half a head of narrow codes in a small block has less than 16 bytes a lane.
+    row_bytes = {"u8": half // 2, "i8": half}.get(codes, half * dtype.itemsize)
+    wide = block * row_bytes >= 16 * 32 * warps(dtype, half)
+    variant = Variant(
+        f"attention_decode {mode} {name} over {codes} D={head_dim}",
+        attend_split_kernel,
+        {"q": f"*{name}", "k_codes": store, "k_scale": "*fp32", "v_codes": store,
+         "v_scale": "*fp32", "cos": "*fp32", "sin": "*fp32", **INDEX, **PARTIAL,
+         **SIZES, "scaling": "fp32"},
+        {"QUANTIZED": mode != "off", "PACKED": codes == "u8", "PER_TOKEN": mode == "paper",
+         "HALF": half, "HALF_BLOCK": half_block(half), "GROUP": GROUP, "BLOCK": block,
+         "SPLIT": SPLIT},
+        num_warps=warps(dtype, half), num_stages=stages(dtype, half, mode != "off", regular),
+        promises=frozenset({"vector_loads"} if wide else ()),
+    )  # fmt: skip
+    return variant if regular else unaligned(variant)
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every form that real head dimensions select."""
-    sizes = dict.fromkeys(
-        ("n_slots", "tokens", "heads", "kv_heads", "splits", "table_rows", "q_token", "q_head"),
-        "i32",
-    )
-    partial = dict.fromkeys(("sums", "tops", "weights"), "*fp32")
-    index = {"slots": "*i64", "lengths": "*i64"}
-    vector_loads = frozenset({"vector_loads"})
+    """Every mode and dtype at every head dimension that it takes."""
     for head_dim in HEAD_DIMS:
         half = head_dim // 2
+        regular = head_dim % ALIGNMENT == 0
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             name = TRITON_TYPES[dtype]
             for mode, codes in (
                 ("paper", "i8"), ("paper", "u8"), ("serving", "i8"), ("serving", "u8"),
                 ("off", name),
             ):  # fmt: skip
-                store = f"*{codes}"
-                # Half a head of narrow codes in a small block has less than 16 bytes a lane.
-                row_bytes = {"u8": half // 2, "i8": half}.get(codes, half * dtype.itemsize)
-                block = block_tokens(dtype, half, mode == "paper")
-                wide = block * row_bytes >= 16 * 32 * warps(dtype)
-                yield Variant(
-                    f"attention_decode {mode} {name} over {codes} D={head_dim}",
-                    attend_split_kernel,
-                    {"q": f"*{name}", "k_codes": store, "k_scale": "*fp32", "v_codes": store,
-                     "v_scale": "*fp32", "cos": "*fp32", "sin": "*fp32", **index, **partial,
-                     **sizes, "scaling": "fp32"},
-                    {"QUANTIZED": mode != "off", "PACKED": codes == "u8",
-                     "PER_TOKEN": mode == "paper", "HALF": half, "HALF_BLOCK": half_block(half),
-                     "GROUP": GROUP, "BLOCK": block, "SPLIT": SPLIT},
-                    num_warps=warps(dtype), num_stages=2, divisible=("q_token", "q_head", "tokens"),
-                    promises=vector_loads if wide else frozenset(),
-                )  # fmt: skip
+                if head_dim in ONLY_PACKED and codes != "u8":
+                    continue
+                if (mode, codes) == ("paper", "u8") and not fits(dtype, half):
+                    continue
+                yield _attend_variant(head_dim, dtype, mode, codes, regular)
+            if head_dim in ONLY_PACKED:
+                continue
             yield Variant(
                 f"attention_decode add splits {name} D={head_dim}",
                 add_splits_kernel,
-                {**partial, **index, "y": f"*{name}", "n_slots": "i32", "tokens": "i32",
+                {**PARTIAL, **INDEX, "y": f"*{name}", "n_slots": "i32", "tokens": "i32",
                  "heads": "i32", "splits": "i32"},
-                {"D": head_dim, "D_BLOCK": next_power_of_two(head_dim),
+                {"D": head_dim, "D_BLOCK": 2 * half_block(half),
                  "PARTS": SPLITS_AT_ONCE, "SPLIT": SPLIT},
-                num_warps=4, promises=vector_loads,
+                num_warps=4, promises=frozenset({"vector_loads"} if regular else ()),
             )  # fmt: skip

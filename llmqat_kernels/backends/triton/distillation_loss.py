@@ -26,14 +26,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import TRITON_TYPES, Variant, empty, launch
+from .launch import ALIGNMENT, TRITON_TYPES, Variant, empty, launch, rows_near, unaligned
 from .soft_cross_entropy import (
     ENTRY_BLOCKS,
+    MOST_OF_SHORT_ROW,
     SHORT_ROW,
     entries_block,
     loss_tile,
     soft_cross_entropy_kernel,
     top_k_cross_entropy_kernel,
+    top_k_tile,
 )
 
 ROUNDED_CHUNKS = 8
@@ -112,11 +114,15 @@ def _soft_cross_entropy(
     inverse_count: Tensor, losses: Tensor, width: int,
 ) -> None:  # fmt: skip
     rows, columns = student.shape
-    tile = loss_tile(columns, max(student.itemsize, teacher.itemsize))
+    strides = (student.stride(0), teacher.stride(0), gradient.stride(0), width)
+    places = (x.data_ptr() for x in (student, teacher, gradient))
+    regular = all(place % ALIGNMENT == 0 for place in (*strides, *places))
+    # Logits that are loaded one by one take more registers than a lane of the long rows' tile has.
+    tile = loss_tile(columns if regular else SHORT_ROW, max(student.itemsize, teacher.itemsize))
     launch(
         soft_cross_entropy_kernel, (rows,), student, teacher, gradient, valid, inverse_count,
         losses, columns, width, student.stride(0), teacher.stride(0), gradient.stride(0),
-        **tile.constants, num_warps=tile.num_warps,
+        **tile.constants, num_warps=tile.num_warps, regular=regular,
     )  # fmt: skip
 
 
@@ -153,9 +159,7 @@ def distillation_loss_logits(
 ) -> tuple[Tensor, Tensor]:
     """See spec 10. ``chunk_size`` is not needed: nothing but the gradient is stored."""
     n, columns = student_logits.shape
-    student, teacher = (
-        x if x.stride(1) == 1 else x.contiguous() for x in (student_logits, teacher_logits)
-    )
+    student, teacher = (rows_near(x) for x in (student_logits, teacher_logits))
     valid, inverse = _tokens_that_count(valid, n, student.device)
     losses = empty((n,), torch.float32, student.device)
     gradient = empty((n, columns), student.dtype, student.device)
@@ -176,7 +180,7 @@ def distillation_loss_top_k(
     valid, inverse = _tokens_that_count(valid, n, student_hidden.device)
     losses = empty((n,), torch.float32, student_hidden.device)
     probabilities, tokens = probabilities.to(torch.float32).contiguous(), tokens.contiguous()
-    tile = loss_tile(student_head.shape[0], student_hidden.itemsize)
+    tile = top_k_tile(student_head.shape[0], student_hidden.itemsize, k)
 
     def into_gradient(rows: slice, logits: Tensor) -> None:
         launch(
@@ -197,7 +201,7 @@ KERNELS: dict[str, Any] = {
 }
 
 
-_RESULTS = {"valid": "*i1", "inverse_count": "*fp32", "losses": "*fp32"}
+_RESULTS = {"valid": "*u1", "inverse_count": "*fp32", "losses": "*fp32"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -212,13 +216,12 @@ def _soft_variant(columns: int, student: torch.dtype, teacher: torch.dtype) -> V
         {**tensors, **_RESULTS, **dict.fromkeys(sizes, "i32")},
         tile.constants,
         num_warps=tile.num_warps,
-        divisible=sizes,
         promises=frozenset({"vector_loads"}),
     )
 
 
 def _top_k_variant(columns: int, dtype: torch.dtype, entries: int) -> Variant:
-    tile = loss_tile(columns, dtype.itemsize)
+    tile = top_k_tile(columns, dtype.itemsize, entries)
     sizes = ("columns", "width", "student_stride", "k")
     tensors = {"student": f"*{TRITON_TYPES[dtype]}", "probabilities": "*fp32", "tokens": "*i64"}
     return Variant(
@@ -227,7 +230,6 @@ def _top_k_variant(columns: int, dtype: torch.dtype, entries: int) -> Variant:
         {**tensors, **_RESULTS, **dict.fromkeys(sizes, "i32")},
         {**tile.constants, "ENTRIES": entries},
         num_warps=tile.num_warps,
-        divisible=sizes,
         promises=frozenset({"vector_loads"}),
     )
 
@@ -237,7 +239,10 @@ def variants(arch: int) -> Iterator[Variant]:
     for columns in (SHORT_ROW, 32_000):
         for dtype in _DTYPES:
             for teacher in _DTYPES:
-                yield _soft_variant(columns, dtype, teacher)
+                form = _soft_variant(columns, dtype, teacher)
+                yield form
+                if columns == SHORT_ROW:
+                    yield unaligned(form)
             for entries in ENTRY_BLOCKS:
-                if entries <= columns:
+                if columns > SHORT_ROW or entries <= MOST_OF_SHORT_ROW:
                     yield _top_k_variant(columns, dtype, entries)

@@ -11,7 +11,7 @@ Cost:     quantize reads x once and writes 1 byte an element; the product adds o
           multiplications and an addition).
 Numerics: exact, any tile, any batch: one int32 sum (K <= 38,342 is checked before).
 Edges:    zero groups take multiplier 1; a row with NaN or infinity has scale NaN and codes 0.
-Limits:   a group of quantize fits one program: 65,536 elements.
+Limits:   a group of quantize fits one program: 32,768 elements.
 Tests:    tests/kernels/test_integer_groups.py, tests/triton/test_integer_groups.py
 Bench:    python -m benchmarks.run --op integer_group_matmul --device cuda
 """
@@ -30,16 +30,23 @@ from torch import Tensor
 from ...errors import InvalidArgument
 from ...spec.quantize import MAX_MULTIPLIER, qmax
 from . import gemm, numerics
-from .launch import TRITON_TYPES, Variant, empty, launch
+from .launch import ALIGNMENT, TRITON_TYPES, Variant, aligned, empty, launch, unaligned
 from .matmul_tiles import GROUP, GROUPS, Tile, group_steps, group_tile
-from .quantized_linear import GROUP_SIZES, RESULTS, contiguous, form, stored_codes, token_count
-from .row_tiles import next_power_of_two
+from .quantized_linear import (
+    RESULTS,
+    all_aligned,
+    group_forms,
+    own_bias,
+    stored_codes,
+    token_count,
+)
+from .row_tiles import SHORTEST, next_power_of_two
 from .tiles import architecture, bucket, tile_for
 
 MULTIPLIERS = tl.constexpr(MAX_MULTIPLIER)
 CHUNK = 4096
 """Elements that a program of quantize_integer_groups holds, if a group is no longer."""
-MAX_GROUP = 65_536
+MAX_GROUP = 32_768
 
 
 @triton.jit
@@ -52,7 +59,7 @@ def _load_groups(x, row, first, groups, group_size, CHUNK: tl.constexpr, BLOCK: 
     return tl.load(x + at, mask=mask, other=0.0).to(tl.float32), at, present, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def quantize_integer_groups_kernel(
     x, codes, multiplier, scale, groups, group_size,
     QMAX: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -90,7 +97,7 @@ def quantize_integer_groups_kernel(
         tl.store(multiplier + row * groups + group, m.to(tl.uint8), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "groups"])
 def integer_group_matmul_kernel(
     a, a_scale, w, w_multiplier, w_scale, bias, y, m, n, k, w_stride, groups, group_size,
     PACKED: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
@@ -118,7 +125,7 @@ def integer_group_matmul_kernel(
 
 def group_chunk(group_size: int) -> tuple[int, int, int]:
     """(groups, padded group length, warps) of one step of quantize_integer_groups."""
-    block = next_power_of_two(group_size)
+    block = max(next_power_of_two(group_size), SHORTEST)
     chunk = max(1, CHUNK // block)
     return chunk, block, min(32, max(4, chunk * block // (32 * 32)))
 
@@ -131,7 +138,7 @@ def quantize_integer_groups(x: Tensor, bits: int, group_size: int) -> tuple[Tens
     """
     if group_size > MAX_GROUP:
         raise InvalidArgument(f"group_size: {group_size} exceeds {MAX_GROUP}; use smaller groups")
-    x = x.contiguous()
+    x = aligned(x)
     lead, groups = tuple(x.shape[:-1]), x.shape[-1] // group_size
     codes = empty(tuple(x.shape), torch.int8, x.device)
     multiplier = empty((*lead, groups), torch.uint8, x.device)
@@ -156,22 +163,25 @@ def integer_group_matmul(
 ) -> Tensor:
     """See spec 18."""
     codes, packed = stored_codes(w, a.shape[-1], group_size)
-    a, a_scale, codes, w_multiplier, w_scale, bias = contiguous(
-        a, a_scale, codes, w_multiplier, w_scale, bias
+    a, a_scale, codes, w_multiplier, w_scale, bias = all_aligned(
+        a, a_scale, codes, w_multiplier, w_scale, own_bias(bias, dtype)
     )
     m, n, k = token_count(a), w.shape[0], a.shape[-1]
     y = empty((*a.shape[:-1], n), dtype, a.device)
     arch = architecture(a.device)
-    block_k, steps, whole = group_steps(group_size)
-    key = bucket(M=m, N=n, K=k, k=str(block_k))
-    tile = tile_for("integer_group_matmul", key, arch, group_tile(GROUPS, m, n, arch, group_size))
+    regular = (n | k | codes.shape[1]) % ALIGNMENT == 0
+    block_k, steps, regular = group_steps(group_size, regular)
+    tile = group_tile(GROUPS, m, n, arch, group_size, regular)
+    if regular:
+        key = bucket(M=m, N=n, K=k, k=str(block_k))
+        tile = tile_for("integer_group_matmul", key, arch, tile)
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     launch(
         integer_group_matmul_kernel, grid, a, a_scale, codes, w_multiplier, w_scale, bias, y,
         m, n, k, codes.shape[1], k // group_size, group_size,
-        PACKED=packed, STEPS=steps, WHOLE=whole,
+        PACKED=packed, STEPS=steps, WHOLE=regular,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=block_k, GROUP=GROUP,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, regular=regular,
     )  # fmt: skip
     return y
 
@@ -185,11 +195,11 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {"integer_group_matmul": GROUPS}
 
 def variants(arch: int) -> Iterator[Variant]:
     """Every tile and kind of group."""
-    for group_size in (*GROUP_SIZES, 4096):
+    for group_size in (32, 128, 4096, MAX_GROUP):
         chunk, block, warps = group_chunk(group_size)
         for dtype in RESULTS:
             name = TRITON_TYPES[dtype]
-            yield Variant(
+            variant = Variant(
                 f"quantize_integer_groups {name} {group_size}",
                 quantize_integer_groups_kernel,
                 {
@@ -198,17 +208,14 @@ def variants(arch: int) -> Iterator[Variant]:
                 },
                 {"QMAX": 7, "CHUNK": chunk, "BLOCK": block},
                 num_warps=warps,
-                divisible=() if group_size % 16 else ("group_size",),
-                promises=frozenset() if group_size % 16 else frozenset({"vector_loads"}),
+                promises=frozenset({"vector_loads"}),
             )  # fmt: skip
+            yield variant
+            yield unaligned(variant)
     sizes = ("m", "n", "k", "w_stride", "groups", "group_size")
     for packed, codes in ((False, "int8"), (True, "packed")):
-        for group_size in GROUP_SIZES:
-            block_k, steps, whole = group_steps(group_size)
-            for tile in GROUPS:
-                variant = form(
-                    f"integer_group_matmul {codes} {group_size}", integer_group_matmul_kernel,
-                    replace(tile, k=block_k), torch.bfloat16, torch.bfloat16, sizes,
-                    PACKED=packed, STEPS=steps, WHOLE=whole,
-                )  # fmt: skip
-                yield replace(variant, signature={**variant.signature, "w_multiplier": "*u8"})
+        for variant in group_forms(
+            f"integer_group_matmul {codes}", integer_group_matmul_kernel, GROUPS, sizes,
+            PACKED=packed,
+        ):  # fmt: skip
+            yield replace(variant, signature={**variant.signature, "w_multiplier": "*u8"})

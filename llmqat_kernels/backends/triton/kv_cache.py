@@ -10,6 +10,7 @@ from torch import Tensor
 from ...checks import FLOAT_DTYPES, check_shape, check_tensor
 from ...errors import InvalidArgument
 from ...spec.quantize import QUANTIZED_BITS
+from .launch import ALIGNMENT, aligned, rows_near
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,14 @@ def check_index(name: str, index: Tensor, n: int) -> None:
     check_shape(name, index, (n,))
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x [n, H, D] with adjacent columns; a view of a wider projection stays a view."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def heads_of(x: Tensor) -> tuple[Tensor, bool]:
+    """x [n, H, D], and whether its heads begin at multiples of 16 bytes. A view of a wider
+    projection stays a view, unless only a copy begins there.
+    """
+    if x.shape[-1] % ALIGNMENT:
+        return rows_near(x), False
+    places = (*x.stride()[:-1], x.data_ptr())
+    return rows_near(x) if all(p % ALIGNMENT == 0 for p in places) else aligned(x), True
 
 
 def _check_contiguous(name: str, value: Tensor) -> None:

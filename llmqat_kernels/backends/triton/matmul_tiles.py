@@ -96,8 +96,14 @@ BACKWARD = {
 }
 """Architecture -> tiles of the gradients in fp16 and bf16: m rows of dY x n columns of codes; tall,
 so that a code is converted once for many rows."""
+BACKWARD_GATHERED = {80: Tile(128, 128, 32, 8, 3), 90: Tile(128, 128, 64, 8, 3)}
+"""Of groups that a tile's columns do not fill: each code's scale is looked up, which takes
+registers that neither the largest tile nor four warps have."""
 BACKWARD_FP32 = (Tile(64, 64, 16, 4, 2),)
 """Of gradients in fp32, which no tensor core multiplies."""
+BACKWARD_IRREGULAR = Tile(64, 64, 32, 4, 2)
+BACKWARD_IRREGULAR_FP32 = Tile(32, 32, 16, 4, 2)
+"""For rows that begin anywhere: they are loaded element by element, which takes registers."""
 
 
 def choose(tiles: Sequence[Tile], m: int, n: int, arch: int) -> Tile:
@@ -123,11 +129,11 @@ def code_tile(m: int, n: int, arch: int) -> Tile:
     return choose(CODES[arch], m, n, arch)
 
 
-def for_stride(tile: Tile, stride: int) -> Tile:
-    """``tile`` for rows ``stride`` bytes apart. Rows that begin anywhere are loaded byte by byte,
-    and 128 columns a step would not fit the registers.
+def irregular_tile(tiles: Sequence[Tile]) -> Tile:
+    """The tile for rows that begin anywhere: they are loaded and stored element by element, and
+    only the smallest tile, in short steps, fits the registers then.
     """
-    return tile if stride % 16 == 0 else replace(tile, k=min(tile.k, 64))
+    return replace(tiles[-1], k=64)
 
 
 def pair_tile(m: int, half: int, arch: int) -> Tile:
@@ -135,19 +141,23 @@ def pair_tile(m: int, half: int, arch: int) -> Tile:
     return choose(PAIRS[arch], m, half, arch)
 
 
-def group_steps(group_size: int) -> tuple[int, int, bool]:
+def group_steps(group_size: int, regular: bool = True) -> tuple[int, int, bool]:
     """``(k, steps, whole)``: a group is ``steps`` steps of k columns; ``whole`` if they fill it.
 
     k is 32 to 128, a power of two: the int8 products of both architectures take 32 columns. Groups
-    that are no multiple of 32 are padded with zeros.
+    other than 32, 64 and multiples of 128, and all in rows that begin anywhere (not ``regular``),
+    are padded with zeros; their steps are short, as those of `irregular_tile`.
     """
-    if group_size % 32 == 0:
-        k = min(128, group_size & -group_size)
+    if regular and (group_size in (32, 64) or group_size % 128 == 0):
+        k = min(128, group_size)
         return k, group_size // k, True
-    k = min(128, max(32, 1 << (group_size - 1).bit_length()))
+    k = 32 if group_size <= 32 else 64
     return k, -(-group_size // k), False
 
 
-def group_tile(tiles: Sequence[Tile], m: int, n: int, arch: int, group_size: int) -> Tile:
+def group_tile(
+    tiles: Sequence[Tile], m: int, n: int, arch: int, group_size: int, regular: bool
+) -> Tile:
     """Tile for weights in groups: steps never cross a group."""
-    return replace(choose(tiles, m, n, arch), k=group_steps(group_size)[0])
+    k, _, whole = group_steps(group_size, regular)
+    return replace(choose(tiles, m, n, arch) if whole else tiles[-1], k=k)

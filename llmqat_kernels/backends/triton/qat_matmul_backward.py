@@ -28,12 +28,21 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gemm
-from .launch import TRITON_TYPES, Variant, empty, launch
-from .matmul_tiles import BACKWARD, BACKWARD_FP32, GROUP, Tile, choose
+from .launch import ALIGNMENT, Variant, aligned, empty, launch, unaligned
+from .matmul_tiles import (
+    BACKWARD,
+    BACKWARD_FP32,
+    BACKWARD_GATHERED,
+    BACKWARD_IRREGULAR,
+    BACKWARD_IRREGULAR_FP32,
+    GROUP,
+    Tile,
+    choose,
+)
 from .tiles import architecture, bucket, tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["i_count", "r_count", "group_size", "groups"])
 def float_matmul_codes_kernel(
     g, codes, scale, y, i_count, j_count, r_count, g_row, group_size, groups,
     TRANSPOSED: tl.constexpr, GATHERED: tl.constexpr, CODES_FIRST: tl.constexpr,
@@ -60,7 +69,8 @@ def float_matmul_codes_kernel(
     else:
         acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     for done in range(0, r_count, BLOCK_R):
-        left = r_count - done
+        # The same number, of which the compiler knows more where it is a row's length.
+        left = (r_count if TRANSPOSED else g_row) - done
         if EVEN:
             g_tile = tl.load(g_at)
             tile = tl.load(codes_at)
@@ -69,7 +79,7 @@ def float_matmul_codes_kernel(
             inside = (r < left)[:, None] & (j < j_count)[None, :]
             tile = tl.load(codes_at, mask=inside, other=0)
             if TRANSPOSED:
-                in_g = (r < left)[:, None] & (i < i_count)[None, :]
+                in_g = (r < left)[:, None] & (i < g_row)[None, :]
                 g_tile = tl.load(g_at, mask=in_g, other=0.0)
             else:
                 g_tile = tl.load(g_at, mask=(r < left)[None, :], other=0.0)
@@ -111,8 +121,13 @@ def _product(
     default = choose(BACKWARD_FP32 if fp32 else BACKWARD[arch], i_count, j_count, arch)
     key = bucket(M=i_count, N=j_count, K=r_count, dtype="fp32" if fp32 else "16")
     tile = tile_for(op, key, arch, default)
+    regular = (j_count | grad.shape[1]) % ALIGNMENT == 0
+    if not regular:
+        tile = BACKWARD_IRREGULAR_FP32 if fp32 else BACKWARD_IRREGULAR
     whole_groups = group_size == -1 or group_size % tile.n == 0
-    even = r_count % tile.k == 0 and j_count % tile.n == 0
+    if regular and not whole_groups and not fp32:
+        tile = BACKWARD_GATHERED[arch]
+    even = regular and r_count % tile.k == 0 and j_count % tile.n == 0
     grid = (triton.cdiv(i_count, tile.m) * triton.cdiv(j_count, tile.n),)
     launch(
         float_matmul_codes_kernel, grid, grad, codes, scale, y,
@@ -121,7 +136,7 @@ def _product(
         TRANSPOSED=transposed, GATHERED=not whole_groups, CODES_FIRST=arch < 90 and not fp32,
         EVEN=even and (not transposed or i_count % tile.m == 0),
         BLOCK_I=tile.m, BLOCK_J=tile.n, BLOCK_R=tile.k, GROUP=GROUP,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, regular=regular,
     )  # fmt: skip
     return y
 
@@ -133,9 +148,9 @@ def qat_matmul_backward_input(
     k = w_codes.shape[1]
     rows = grad.shape[:-1]
     dx = empty((rows.numel(), k), grad.dtype, grad.device)
-    grad = grad.reshape(rows.numel(), grad.shape[-1]).contiguous()
+    grad = aligned(grad.reshape(rows.numel(), grad.shape[-1]))
     _product(
-        "qat_matmul_backward_input", grad, w_codes.contiguous(), w_scale.contiguous(), dx, False,
+        "qat_matmul_backward_input", grad, aligned(w_codes), aligned(w_scale), dx, False,
         group_size,
     )  # fmt: skip
     return dx.view(*rows, k)
@@ -147,11 +162,13 @@ def qat_matmul_backward_weight(
     """See spec 7."""
     rows = grad.shape[:-1].numel()
     n, k = grad.shape[-1], a.shape[-1]
-    dw = empty((n, k), dtype, grad.device)
+    # Sums are fp32: what is neither that nor the gradient's dtype is cast from it.
+    stored = dtype if dtype == grad.dtype else torch.float32
+    dw = empty((n, k), stored, grad.device)
     return _product(
-        "qat_matmul_backward_weight", grad.reshape(rows, n).contiguous(),
-        a.reshape(rows, k).contiguous(), a_scale.contiguous(), dw, True, -1,
-    )  # fmt: skip
+        "qat_matmul_backward_weight", aligned(grad.reshape(rows, n)),
+        aligned(a.reshape(rows, k)), aligned(a_scale), dw, True, -1,
+    ).to(dtype)  # fmt: skip
 
 
 KERNELS: dict[str, Any] = {
@@ -163,38 +180,39 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = dict.fromkeys(
 )
 
 
+FORMS = (
+    ("input", {"TRANSPOSED": False, "GATHERED": False}),
+    ("input groups", {"TRANSPOSED": False, "GATHERED": True}),
+    ("weight", {"TRANSPOSED": True, "GATHERED": False}),
+)
+SIZES = dict.fromkeys(("i_count", "j_count", "r_count", "g_row", "group_size", "groups"), "i32")
+
+
+def _variant(
+    name: str, kind: str, output: str, tile: Tile, codes_first: bool, **flags: bool
+) -> Variant:
+    return Variant(
+        f"backward {name} {kind} to {output} {tile.m}x{tile.n}x{tile.k}",
+        float_matmul_codes_kernel,
+        {"g": f"*{kind}", "codes": "*i8", "scale": "*fp32", "y": f"*{output}", **SIZES},
+        {**flags, "CODES_FIRST": codes_first, "BLOCK_I": tile.m, "BLOCK_J": tile.n,
+         "BLOCK_R": tile.k, "GROUP": GROUP},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        promises=frozenset() if kind == "fp32" else frozenset({"float_mma"}),
+    )  # fmt: skip
+
+
 def variants(arch: int) -> Iterator[Variant]:
     """Every tile and dtype for both gradients, group scales, and tensors that tiles do not fill."""
-    forms = (
-        ("input", {"TRANSPOSED": False, "GATHERED": False, "EVEN": True}),
-        ("input groups", {"TRANSPOSED": False, "GATHERED": True, "EVEN": True}),
-        ("input tail", {"TRANSPOSED": False, "GATHERED": False, "EVEN": False}),
-        ("input groups tail", {"TRANSPOSED": False, "GATHERED": True, "EVEN": False}),
-        ("weight", {"TRANSPOSED": True, "GATHERED": False, "EVEN": True}),
-        ("weight tail", {"TRANSPOSED": True, "GATHERED": False, "EVEN": False}),
-    )
-    sizes = ("i_count", "j_count", "r_count", "g_row", "group_size", "groups")
-    for name, flags in forms:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            fp32 = dtype == torch.float32
-            kind = TRITON_TYPES[dtype]
-            outputs = {kind, "fp32"} if flags["TRANSPOSED"] else {kind}
-            for tile in BACKWARD_FP32 if fp32 else BACKWARD[arch]:
-                for output in sorted(outputs):
-                    yield Variant(
-                        f"backward {name} {kind} to {output} {tile.m}x{tile.n}x{tile.k}",
-                        float_matmul_codes_kernel,
-                        {
-                            "g": f"*{kind}", "codes": "*i8", "scale": "*fp32", "y": f"*{output}",
-                            **dict.fromkeys(sizes, "i32"),
-                        },
-                        {
-                            **flags, "CODES_FIRST": arch < 90 and not fp32,
-                            "BLOCK_I": tile.m, "BLOCK_J": tile.n, "BLOCK_R": tile.k,
-                            "GROUP": GROUP,
-                        },
-                        num_warps=tile.num_warps,
-                        num_stages=tile.num_stages,
-                        divisible=("i_count", "j_count", "r_count", "g_row", "group_size"),
-                        promises=frozenset() if fp32 else frozenset({"float_mma"}),
-                    )  # fmt: skip
+    for name, flags in FORMS:
+        for kind in ("fp32", "fp16", "bf16"):
+            fp32 = kind == "fp32"
+            first = arch < 90 and not fp32
+            for output in sorted({kind, "fp32"}) if flags["TRANSPOSED"] else [kind]:
+                halves = (BACKWARD_GATHERED[arch],) if flags["GATHERED"] else BACKWARD[arch]
+                for tile in BACKWARD_FP32 if fp32 else halves:
+                    yield _variant(name, kind, output, tile, first, **flags, EVEN=True)
+                    yield _variant(f"{name} tail", kind, output, tile, first, **flags, EVEN=False)
+                tile = BACKWARD_IRREGULAR_FP32 if fp32 else BACKWARD_IRREGULAR
+                yield unaligned(_variant(name, kind, output, tile, first, **flags, EVEN=False))

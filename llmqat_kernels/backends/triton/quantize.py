@@ -8,14 +8,15 @@ Cost:     3 bytes an element of bf16 for quantize and dequantize, 4 for fake_qua
           backward; memory bound.
 Numerics: exact. The maximum is taken over bit patterns, where NaN and infinity win.
 Edges:    columns beyond C are masked and read as 0; empty tensors launch nothing.
-Limits:   C <= 32,768 (not for the elementwise operators).
+Limits:   C <= 32,768, or 16,384 if no multiple of 16 (not for the elementwise operators).
 Tests:    tests/kernels/test_quantize.py, tests/triton/test_quantize.py
 Bench:    python -m benchmarks.run --op quantize fake_quantize --device cuda
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,19 @@ from torch import Tensor
 from ...errors import InvalidArgument
 from ...spec.quantize import qmax
 from . import numerics
-from .launch import Variant, empty, launch
+from .launch import ALIGNMENT, Variant, aligned, empty, launch, unaligned
 from .row_chunks import appended, chunk_of, row_amax, row_of_program, store_codes
-from .row_tiles import MAX_COLUMNS, ROW_LENGTHS, flat_tile, row_tile
+from .row_tiles import (
+    LONGEST_OF_TILES,
+    MAX_COLUMNS,
+    MAX_ODD_COLUMNS,
+    ROW_LENGTHS,
+    flat_tile,
+    row_tile,
+)
+
+FLAT_WIDTH = 1024
+"""Elements of a program that takes a tensor as one row."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -90,21 +101,22 @@ def fake_quantize_backward_kernel(grad, x, dx, n, ste_clip, WIDTH: tl.constexpr)
 
 def check_columns(name: str, columns: int, fix: str = "use backend 'reference'") -> None:
     """Raise :class:`InvalidArgument` for a row too long for one program."""
-    if columns > MAX_COLUMNS:
+    limit = MAX_ODD_COLUMNS if columns % ALIGNMENT else MAX_COLUMNS
+    if columns > limit:
         raise InvalidArgument(
-            f"{name}: rows of {columns} elements exceed the Triton kernels' {MAX_COLUMNS}; {fix}"
+            f"{name}: rows of {columns} elements exceed the Triton kernels' {limit}; {fix}"
         )
 
 
 def as_rows(x: Tensor, group_size: int) -> tuple[Tensor, int, int]:
-    """Contiguous x, the number of rows (groups) and their length.
+    """`aligned` x, the number of rows (groups) and their length.
 
     Raises:
         InvalidArgument: a row too long for one program.
     """
     columns = x.shape[-1] if group_size == -1 else group_size
     check_columns("x", columns)
-    return x.contiguous(), x.numel() // columns if columns else 0, columns
+    return aligned(x), x.numel() // columns if columns else 0, columns
 
 
 def quantize(
@@ -135,7 +147,7 @@ def dequantize(codes: Tensor, scale: Tensor, group_size: int, dtype: torch.dtype
     tile, rows = flat_tile(columns), codes.numel() // columns
     launch(
         dequantize_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.width)),
-        codes.contiguous(), scale.contiguous(), y, rows, columns, ROWS=tile.rows, WIDTH=tile.width,
+        aligned(codes), aligned(scale), y, rows, columns, ROWS=tile.rows, WIDTH=tile.width,
     )  # fmt: skip
     return y
 
@@ -163,10 +175,9 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, ste_clip: float | None) -> T
     dx = empty(tuple(grad.shape), grad.dtype, grad.device)
     if ste_clip is None:
         return dx.copy_(grad)
-    width = flat_tile(grad.numel()).width
     launch(
-        fake_quantize_backward_kernel, (triton.cdiv(grad.numel(), width),),
-        grad.contiguous(), x.contiguous(), dx, grad.numel(), float(ste_clip), WIDTH=width,
+        fake_quantize_backward_kernel, (triton.cdiv(grad.numel(), FLAT_WIDTH),),
+        aligned(grad), aligned(x), dx, grad.numel(), float(ste_clip), WIDTH=FLAT_WIDTH,
     )  # fmt: skip
     return dx
 
@@ -180,7 +191,16 @@ KERNELS: dict[str, Any] = {
 FLOATS = ("fp32", "fp16", "bf16")
 
 
-def _row_variant(kernel: Any, dtype: str, columns: int, qmax: int, bf16_scale: bool) -> Variant:
+def row_forms(variant: Callable[[int], Variant]) -> Iterator[Variant]:
+    """``variant(columns)`` for each width of tile, at the most chunks, with rows that begin at
+    multiples of 16 bytes and with rows that begin anywhere."""
+    for columns in LONGEST_OF_TILES:
+        yield variant(columns)
+        if columns <= MAX_ODD_COLUMNS:
+            yield unaligned(variant(columns - 1))
+
+
+def _row_variant(kernel: Any, dtype: str, qmax: int, bf16_scale: bool, columns: int) -> Variant:
     tile = row_tile(columns)
     outputs = {"codes": "*i8", "scale": "*fp32"}
     if kernel is fake_quantize_kernel:
@@ -192,38 +212,42 @@ def _row_variant(kernel: Any, dtype: str, columns: int, qmax: int, bf16_scale: b
         {"x": f"*{dtype}", **outputs, "rows": "i32", "columns": "i32"},
         {"QMAX": qmax, "BF16_SCALE": bf16_scale, **tile.constants()},
         num_warps=tile.num_warps,
-        divisible=("columns",),
         promises=frozenset({"vector_loads"}),
     )
 
 
-def variants(arch: int) -> Iterator[Variant]:
-    """Every form that real row lengths select; the bit width only changes a constant."""
-    for columns in ROW_LENGTHS:
-        yield _row_variant(quantize_kernel, "bf16", columns, 127, False)
-    for dtype in ("fp32", "fp16"):
-        for columns in (64, 4096, 28672):
-            yield _row_variant(quantize_kernel, dtype, columns, 127, False)
-    for columns in (64, 4096, 28672):
-        yield _row_variant(fake_quantize_kernel, "bf16", columns, 127, False)
-    yield _row_variant(quantize_kernel, "bf16", 4096, 7, True)
-    yield _row_variant(fake_quantize_kernel, "fp32", 28672, 7, True)
-    for columns, dtype in ((64, "bf16"), (4096, "bf16"), (4096, "fp32")):
-        tile = flat_tile(columns)
-        yield Variant(
-            f"dequantize {dtype} C={columns}",
-            dequantize_kernel,
-            {"codes": "*i8", "scale": "*fp32", "y": f"*{dtype}", "rows": "i32", "columns": "i32"},
-            {"ROWS": tile.rows, "WIDTH": tile.width},
-            divisible=("columns",),
-        )
+def _elementwise_variants() -> Iterator[Variant]:
     for dtype in FLOATS:
-        pointers = {"grad": f"*{dtype}", "x": f"*{dtype}", "dx": f"*{dtype}"}
-        yield Variant(
-            f"fake_quantize_backward {dtype}",
-            fake_quantize_backward_kernel,
-            {**pointers, "n": "i32", "ste_clip": "fp32"},
-            {"WIDTH": 1024},
-            divisible=("n",),
-            promises=frozenset({"vector_loads"}),
-        )
+        for columns in (64, 4096):
+            tile = flat_tile(columns)
+            yield Variant(
+                f"dequantize {dtype} C={columns}",
+                dequantize_kernel,
+                {"codes": "*i8", "scale": "*fp32", "y": f"*{dtype}"}
+                | {"rows": "i32", "columns": "i32"},
+                {"ROWS": tile.rows, "WIDTH": tile.width},
+            )
+        for size in ("i32", "i64"):
+            pointers = {"grad": f"*{dtype}", "x": f"*{dtype}", "dx": f"*{dtype}"}
+            yield Variant(
+                f"fake_quantize_backward {dtype}{' n>=2^31' if size == 'i64' else ''}",
+                fake_quantize_backward_kernel,
+                {**pointers, "n": size, "ste_clip": "fp32"},
+                {"WIDTH": FLAT_WIDTH},
+                promises=frozenset({"vector_loads"}),
+            )
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every form; the bit width only changes a constant."""
+    for columns in ROW_LENGTHS:
+        if columns not in LONGEST_OF_TILES:
+            yield _row_variant(quantize_kernel, "bf16", 127, False, columns)
+    for kernel in (quantize_kernel, fake_quantize_kernel):
+        for dtype in FLOATS:
+            yield from row_forms(partial(_row_variant, kernel, dtype, 127, False))
+        # One rounding more for each row: that is checked with one dtype only.
+        yield from row_forms(partial(_row_variant, kernel, "bf16", 7, True))
+    for variant in _elementwise_variants():
+        yield variant
+        yield unaligned(variant)

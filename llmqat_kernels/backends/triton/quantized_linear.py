@@ -17,7 +17,7 @@ Bench:    python -m benchmarks.run --op quantized_matmul --device cuda
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +29,22 @@ from torch import Tensor
 from ...spec.int4 import unpack_int4
 from ...spec.quantize import QUANTIZED_BITS
 from . import gemm
-from .launch import TRITON_TYPES, Variant, empty, launch
-from .matmul_tiles import CODES, GROUP, GROUPS, Tile, code_tile, for_stride, group_steps, group_tile
+from .launch import ALIGNMENT, TRITON_TYPES, Variant, aligned, empty, launch, unaligned
+from .matmul_tiles import (
+    CODES,
+    GROUP,
+    GROUPS,
+    Tile,
+    code_tile,
+    group_steps,
+    group_tile,
+    irregular_tile,
+)
 from .quantize import quantize
 from .tiles import architecture, bucket, tile_for
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def int8_matmul_kernel(
     a, a_scale, w, w_scale, bias, y, m, n, k, w_stride,
     PACKED: tl.constexpr, SCALED: tl.constexpr, EVEN_K: tl.constexpr,
@@ -64,7 +73,7 @@ def int8_matmul_kernel(
         gemm.store_results(y, acc, None, rows, tokens, n, n, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "groups"])
 def grouped_matmul_kernel(
     a, a_scale, w, w_scale, bias, y, m, n, k, w_stride, groups, group_size,
     PACKED: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr,
@@ -88,9 +97,15 @@ def grouped_matmul_kernel(
     gemm.store_results(y, total, bias, rows, tokens, n, n, m)
 
 
-def contiguous(*tensors: Tensor | None) -> list[Any]:
-    """The tensors, each contiguous; None stays None."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def all_aligned(*tensors: Tensor | None) -> list[Any]:
+    """The tensors, each `aligned`; None stays None."""
+    return [None if tensor is None else aligned(tensor) for tensor in tensors]
+
+
+def own_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A bias of the result's dtype or of fp32, which holds every value of the third."""
+    kept = bias is None or bias.dtype in (dtype, torch.float32)
+    return bias if kept or bias is None else bias.to(torch.float32)
 
 
 def token_count(a: Tensor) -> int:
@@ -111,19 +126,23 @@ def code_product(
 
     w is int8 codes (or plainly packed bytes as int8), rows ``w_stride`` bytes apart.
     """
-    a, a_scale, w, w_scale, bias = contiguous(a, a_scale, w, w_scale, bias)
+    bias = own_bias(bias, dtype)
+    a, a_scale, w, w_scale, bias = all_aligned(a, a_scale, w, w_scale, bias)
     m, k = token_count(a), a.shape[-1]
     y = empty((*a.shape[:-1], n), dtype, a.device)
     arch = architecture(a.device)
     key = bucket(M=m, N=n, K=k, w="packed" if packed else "int8")
     tile = tile_for("quantized_matmul", key, arch, code_tile(m, n, arch))
-    tile = for_stride(tile, k | w_stride)
+    regular = (n | k | w_stride) % ALIGNMENT == 0
+    if not regular:
+        tile = irregular_tile(CODES[arch])
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     launch(
         int8_matmul_kernel, grid, a, a_scale, w, w_scale, bias, y, m, n, k, w_stride,
-        PACKED=packed, SCALED=a_scale is not None, EVEN_K=k % tile.k == 0,
+        PACKED=packed, SCALED=a_scale is not None,
+        EVEN_K=regular and k % tile.k == 0,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, regular=regular,
     )  # fmt: skip
     return y
 
@@ -133,21 +152,24 @@ def grouped_product(
     n: int, w_stride: int, packed: bool, group_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`code_product` of weights with scales [n, groups]."""
-    a, a_scale, w, w_scale, bias = contiguous(a, a_scale, w, w_scale, bias)
+    bias = own_bias(bias, dtype)
+    a, a_scale, w, w_scale, bias = all_aligned(a, a_scale, w, w_scale, bias)
     m, k = token_count(a), a.shape[-1]
     y = empty((*a.shape[:-1], n), dtype, a.device)
     if k == 0:
         return empty_sum(y, bias)
     arch = architecture(a.device)
-    block_k, steps, whole = group_steps(group_size)
-    key = bucket(M=m, N=n, K=k, k=str(block_k))
-    tile = tile_for("grouped_matmul", key, arch, group_tile(GROUPS, m, n, arch, group_size))
+    block_k, steps, regular = group_steps(group_size, (n | k | w_stride) % ALIGNMENT == 0)
+    tile = group_tile(GROUPS, m, n, arch, group_size, regular)
+    if regular:
+        key = bucket(M=m, N=n, K=k, k=str(block_k))
+        tile = tile_for("grouped_matmul", key, arch, tile)
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)
     launch(
         grouped_matmul_kernel, grid, a, a_scale, w, w_scale, bias, y, m, n, k, w_stride,
-        k // group_size, group_size, PACKED=packed, STEPS=steps, WHOLE=whole,
+        k // group_size, group_size, PACKED=packed, STEPS=steps, WHOLE=regular,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=block_k, GROUP=GROUP,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, regular=regular,
     )  # fmt: skip
     return y
 
@@ -238,22 +260,18 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 
 
 def form(
-    name: str, kernel: Any, tile: Tile, dtype: torch.dtype, bias: torch.dtype | None,
-    sizes: tuple[str, ...], **constants: Any,
+    name: str, kernel: Any, tile: Tile, dtype: torch.dtype, sizes: tuple[str, ...], **constants: Any
 ) -> Variant:  # fmt: skip
-    """A variant of an integer matmul kernel that writes ``dtype``.
+    """A variant of an integer matmul kernel that writes ``dtype``; ``sizes``: integer arguments.
 
-    sizes: the integer arguments; those of a real model's layer are multiples of 16.
+    The bias is a vector that is added at the end: its dtype makes no form of its own.
     """
-    signature = {"a": "*i8", "w": "*i8", "y": f"*{TRITON_TYPES[dtype]}"}
+    kind = f"*{TRITON_TYPES[dtype]}"
+    signature = {"a": "*i8", "w": "*i8", "y": kind}
     if dtype == torch.int32:
-        constants |= {"a_scale": None, "w_scale": None}
+        constants |= {"a_scale": None, "w_scale": None, "bias": None}
     else:
-        signature |= {"a_scale": "*fp32", "w_scale": "*fp32"}
-    if bias is None:
-        constants["bias"] = None
-    else:
-        signature["bias"] = f"*{TRITON_TYPES[bias]}"
+        signature |= {"a_scale": "*fp32", "w_scale": "*fp32", "bias": kind}
     constants |= {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": GROUP}
     return Variant(
         f"{name} {TRITON_TYPES[dtype]} {tile.m}x{tile.n}x{tile.k}",
@@ -262,36 +280,48 @@ def form(
         constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        divisible=tuple(name for name in sizes if name not in ("m", "groups")),
         promises=frozenset({"int8_mma"}),
     )
 
 
+def group_forms(
+    name: str, kernel: Any, tiles: Sequence[Tile], sizes: tuple[str, ...], **constants: Any
+) -> Iterator[Variant]:
+    """Every form of a matmul of weights in groups."""
+    for group_size in GROUP_SIZES:
+        block_k, steps, whole = group_steps(group_size)
+        flags = constants | {"STEPS": steps, "WHOLE": whole}
+        for dtype in RESULTS:
+            for tile in tiles if whole else tiles[-1:]:
+                sized = replace(tile, k=block_k)
+                variant = form(f"{name} {group_size}", kernel, sized, dtype, sizes, **flags)
+                yield variant if whole else unaligned(variant)
+
+
 RESULTS = (torch.float32, torch.float16, torch.bfloat16)
-GROUP_SIZES = (32, 64, 128, 256, 100)
-"""One for each kind of step: a whole one of each length, several, and padded ones."""
+GROUP_SIZES = (32, 64, 128, 256, 16, 48, 100)
+"""One for each kind of step: a whole one of each length, several, and the same padded, which also
+serve whole groups in rows that begin anywhere."""
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every tile, for int8 and packed codes, per channel and in groups of 32, 64 and 128."""
+    """Every tile, for int8 and packed codes, per channel and for each kind of group."""
     sizes = ("m", "n", "k", "w_stride")
     for packed, codes in ((False, "int8"), (True, "packed")):
-        for tile in CODES[arch]:
-            for dtype in (*RESULTS, torch.int32):
-                scaled = dtype != torch.int32
-                yield form(
-                    f"int8_matmul {codes}", int8_matmul_kernel, tile, dtype,
-                    dtype if scaled else None, sizes, PACKED=packed, SCALED=scaled, EVEN_K=True,
-                )  # fmt: skip
-            yield form(
-                f"int8_matmul {codes} tail", int8_matmul_kernel, tile, torch.bfloat16, None,
-                sizes, PACKED=packed, SCALED=True, EVEN_K=False,
+        for dtype in (*RESULTS, torch.int32):
+            flags = {"PACKED": packed, "SCALED": dtype != torch.int32}
+            for tile in CODES[arch]:
+                for even, name in ((True, ""), (False, " tail")):
+                    yield form(
+                        f"int8_matmul {codes}{name}", int8_matmul_kernel, tile, dtype, sizes,
+                        **flags, EVEN_K=even,
+                    )  # fmt: skip
+            variant = form(
+                f"int8_matmul {codes}", int8_matmul_kernel, irregular_tile(CODES[arch]), dtype,
+                sizes, **flags, EVEN_K=False,
             )  # fmt: skip
-        for group_size in GROUP_SIZES:
-            block_k, steps, whole = group_steps(group_size)
-            for tile in GROUPS:
-                yield form(
-                    f"grouped_matmul {codes} {group_size}", grouped_matmul_kernel,
-                    replace(tile, k=block_k), torch.bfloat16, torch.bfloat16,
-                    (*sizes, "groups", "group_size"), PACKED=packed, STEPS=steps, WHOLE=whole,
-                )  # fmt: skip
+            yield unaligned(variant)
+        yield from group_forms(
+            f"grouped_matmul {codes}", grouped_matmul_kernel, GROUPS,
+            (*sizes, "groups", "group_size"), PACKED=packed,
+        )  # fmt: skip

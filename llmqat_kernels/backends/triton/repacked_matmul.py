@@ -19,7 +19,6 @@ Bench:    python -m benchmarks.run --op repacked_matmul --device cuda
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from ...errors import InvalidArgument
 from ...spec.int4 import unpack_int4
 from ...spec.quantize import qmax
 from . import gemm
-from .launch import Variant, empty, launch
+from .launch import ALIGNMENT, Variant, empty, launch, unaligned
 from .matmul_tiles import (
     GROUP,
     GROUP_PAIRS,
@@ -39,16 +38,18 @@ from .matmul_tiles import (
     Tile,
     group_steps,
     group_tile,
+    irregular_tile,
     pair_tile,
 )
 from .quantized_linear import (
-    GROUP_SIZES,
     RESULTS,
+    all_aligned,
     code_product,
-    contiguous,
     empty_sum,
     form,
+    group_forms,
     grouped_product,
+    own_bias,
     token_count,
 )
 from .tiles import architecture, bucket, tile_for
@@ -69,7 +70,7 @@ def _both_products(w_at, a_at, left, raw, low, EVEN_K: tl.constexpr, BLOCK_K: tl
     return raw, low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def pair_matmul_kernel(
     a, a_scale, w, w_scale, bias, y, m, n, k, w_stride, half,
     EVEN_K: tl.constexpr,
@@ -95,7 +96,7 @@ def pair_matmul_kernel(
     gemm.store_results(y, result, bias, rows, tokens, n, n, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "groups"])
 def grouped_pair_matmul_kernel(
     a, a_scale, w, w_scale, bias, y, m, n, k, w_stride, half, groups, group_size,
     STEPS: tl.constexpr, WHOLE: tl.constexpr,
@@ -199,7 +200,8 @@ def pair_product(
     n: int, w_stride: int, group_size: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """``a @ w.T`` -> [..., n] of ``dtype`` for bytes of channel pairs, rows ``w_stride`` apart."""
-    a, a_scale, w, w_scale, bias = contiguous(a, a_scale, w, w_scale, bias)
+    bias = own_bias(bias, dtype)
+    a, a_scale, w, w_scale, bias = all_aligned(a, a_scale, w, w_scale, bias)
     m, k, half = token_count(a), a.shape[-1], (n + 1) // 2
     y = empty((*a.shape[:-1], n), dtype, a.device)
     if k == 0 and group_size > 0:
@@ -208,22 +210,27 @@ def pair_product(
     if group_size == -1:
         key = bucket(M=m, N=n, K=k)
         tile = tile_for("repacked_matmul", key, arch, pair_tile(m, half, arch))
+        regular = (n | half | k) % ALIGNMENT == 0
+        if not regular:
+            tile = irregular_tile(PAIRS[arch])
         kernel: Any = pair_matmul_kernel
         sizes: tuple[int, ...] = (m, n, k, w_stride, half)
-        constants: dict[str, Any] = {"EVEN_K": k % tile.k == 0, "BLOCK_K": tile.k}
+        constants: dict[str, Any] = {"EVEN_K": regular and k % tile.k == 0, "BLOCK_K": tile.k}
     else:
-        block_k, steps, whole = group_steps(group_size)
-        key = bucket(M=m, N=n, K=k, k=str(block_k))
-        tile = group_tile(GROUP_PAIRS, m, half, arch, group_size)
-        tile = tile_for("grouped_repacked_matmul", key, arch, tile)
+        block_k, steps, regular = group_steps(group_size, (n | half | k) % ALIGNMENT == 0)
+        tile = group_tile(GROUP_PAIRS, m, half, arch, group_size, regular)
+        if regular:
+            key = bucket(M=m, N=n, K=k, k=str(block_k))
+            tile = tile_for("grouped_repacked_matmul", key, arch, tile)
         kernel = grouped_pair_matmul_kernel
         sizes = (m, n, k, w_stride, half, k // group_size, group_size)
-        constants = {"STEPS": steps, "WHOLE": whole, "BLOCK_K": block_k}
+        constants = {"STEPS": steps, "WHOLE": regular, "BLOCK_K": block_k}
     grid = (triton.cdiv(m, tile.m) * triton.cdiv(half, tile.n),)
     launch(
         kernel, grid, a, a_scale, w, w_scale, bias, y, *sizes, **constants,
         BLOCK_M=tile.m, BLOCK_N=tile.n, GROUP=GROUP,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
+        regular=regular,
     )  # fmt: skip
     return y
 
@@ -240,17 +247,13 @@ def variants(arch: int) -> Iterator[Variant]:
     quantized_linear.
     """
     sizes = ("m", "n", "k", "w_stride", "half")
-    for tile in PAIRS[arch]:
-        for dtype in RESULTS:
-            yield form("pair_matmul", pair_matmul_kernel, tile, dtype, dtype, sizes, EVEN_K=True)
-        yield form(
-            "pair_matmul tail", pair_matmul_kernel, tile, torch.bfloat16, None, sizes, EVEN_K=False
-        )
-    for group_size in GROUP_SIZES:
-        block_k, steps, whole = group_steps(group_size)
-        for tile in GROUP_PAIRS:
-            yield form(
-                f"grouped_pair_matmul {group_size}", grouped_pair_matmul_kernel,
-                replace(tile, k=block_k), torch.bfloat16, torch.bfloat16,
-                (*sizes, "groups", "group_size"), STEPS=steps, WHOLE=whole,
-            )  # fmt: skip
+    for dtype in RESULTS:
+        for tile in PAIRS[arch]:
+            yield form("pair_matmul", pair_matmul_kernel, tile, dtype, sizes, EVEN_K=True)
+            yield form("pair_matmul tail", pair_matmul_kernel, tile, dtype, sizes, EVEN_K=False)
+        tile = irregular_tile(PAIRS[arch])
+        yield unaligned(form("pair_matmul", pair_matmul_kernel, tile, dtype, sizes, EVEN_K=False))
+    yield from group_forms(
+        "grouped_pair_matmul", grouped_pair_matmul_kernel, GROUP_PAIRS,
+        (*sizes, "groups", "group_size"),
+    )  # fmt: skip

@@ -10,13 +10,14 @@ Cost:     3 bytes an element of bf16, 7 with a residual; memory bound. The backw
           gradient of the sum, and 8 P K bytes for the partial sums.
 Numerics: forward exact (tree_sum); backward by the 3x rule, deterministic: no atomics.
 Edges:    columns beyond K are masked and read as 0; empty tensors launch nothing.
-Limits:   K <= 32,768 forward.
+Limits:   K <= 32,768 forward, or 16,384 if no multiple of 16.
 Tests:    tests/triton/test_rms_norm_quantize.py, tests/kernels/test_rms_norm_quantize_spec.py
 Bench:    python -m benchmarks.run --op rms_norm_quantize --device cuda
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -28,10 +29,10 @@ from torch import Tensor
 
 from ...spec.quantize import qmax
 from . import numerics
-from .launch import Variant, empty, launch
-from .quantize import as_rows
+from .launch import ALIGNMENT, Variant, aligned, empty, launch, unaligned
+from .quantize import FLOATS, as_rows, row_forms
 from .row_chunks import appended, chunk_of, load_vector, row_of_program, row_tree_sum, store_codes
-from .row_tiles import ROW_LENGTHS, next_power_of_two, row_tile
+from .row_tiles import LONGEST_OF_TILES, ROW_LENGTHS, next_power_of_two, row_tile
 
 MAX_HELD_BYTES = 16_384
 """Longest row whose x, gradients and weight gradient fit the registers of one backward program."""
@@ -186,6 +187,12 @@ def sum_partials_kernel(
     tl.store(dweight + column, result, mask=column < columns)
 
 
+def own_weight(x: Tensor, weight: Tensor) -> Tensor:
+    """A weight of the dtype of x or of fp32, which holds every value of the third."""
+    kept = weight.dtype in (x.dtype, torch.float32)
+    return aligned(weight if kept else weight.to(torch.float32))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See spec 12."""
     x, rows, columns = as_rows(x, -1)
@@ -193,7 +200,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     tile = row_tile(columns)
     launch(
         rms_norm_kernel, (triton.cdiv(rows, tile.rows),),
-        x, weight.contiguous(), y, rows, columns, eps,
+        x, own_weight(x, weight), y, rows, columns, eps,
         **tile.constants(), num_warps=tile.num_warps,
     )  # fmt: skip
     return y
@@ -212,7 +219,7 @@ def rms_norm_quantize(
     tile = row_tile(columns)
     launch(
         rms_norm_quantize_kernel, (triton.cdiv(rows, tile.rows),),
-        x, x if residual is None else residual.contiguous(), weight.contiguous(),
+        x, x if residual is None else aligned(residual), own_weight(x, weight),
         codes, scale, total, rows, columns, eps,
         QMAX=qmax(bits), HAS_RESIDUAL=residual is not None,
         **tile.constants(), num_warps=tile.num_warps,
@@ -235,7 +242,8 @@ def backward_programs(rows: int, processors: int) -> int:
 
 def backward_tile(columns: int, itemsize: int) -> tuple[bool, int, int]:
     """(whether the row is read twice, elements a piece, warps) of the backward."""
-    if columns * itemsize > MAX_HELD_BYTES:
+    # Rows that begin anywhere are loaded element by element, which takes registers.
+    if columns * itemsize > (MAX_HELD_BYTES // 2 if columns % ALIGNMENT else MAX_HELD_BYTES):
         return True, LONG_WIDTH, 8
     width = max(next_power_of_two(columns), 256)
     return False, width, max(1, min(16, width // 512))
@@ -254,11 +262,11 @@ def rms_norm_backward(
     long, width, warps = backward_tile(columns, x.element_size())
     programs = backward_programs(rows, _processors(x.device))
     partial = empty((programs, columns), torch.float32, x.device)
-    grad = grad.contiguous()
+    grad = aligned(grad)
     launch(
         rms_norm_backward_long_kernel if long else rms_norm_backward_kernel, (programs,),
-        grad, x.contiguous(), weight.contiguous(),
-        grad if grad_total is None else grad_total.contiguous(), dx, partial,
+        grad, aligned(x), own_weight(x, weight),
+        grad if grad_total is None else aligned(grad_total), dx, partial,
         rows, columns, eps, HAS_TOTAL=grad_total is not None, WIDTH=width, num_warps=warps,
     )  # fmt: skip
     launch(
@@ -274,68 +282,73 @@ KERNELS: dict[str, Any] = {
     "rms_norm_backward": rms_norm_backward,
 }
 SIZES = {"rows": "i32", "columns": "i32", "eps": "fp32"}
+WIDE = frozenset({"vector_loads"})
 
 
-def _forward_variant(dtype: str, columns: int, qmax: int, residual: bool, weight: str) -> Variant:
+def _norm_variant(dtype: str, weight: str, columns: int) -> Variant:
     tile, p = row_tile(columns), f"*{dtype}"
     return Variant(
-        f"rms_norm_quantize {dtype} weight {weight} K={columns} qmax={qmax} residual={residual}",
-        rms_norm_quantize_kernel,
-        {"x": p, "residual": p, "weight": f"*{weight}", "codes": "*i8", "scale": "*fp32"}
-        | {"total": p, **SIZES},
-        {"QMAX": qmax, "HAS_RESIDUAL": residual, **tile.constants()},
+        f"rms_norm {dtype} weight {weight} K={columns}",
+        rms_norm_kernel,
+        {"x": p, "weight": f"*{weight}", "y": p, **SIZES},
+        tile.constants(),
         num_warps=tile.num_warps,
-        divisible=("columns",),
-        promises=frozenset({"vector_loads"}),
+        promises=WIDE,
     )
 
 
-def _backward_variant(dtype: str, columns: int, total: bool) -> Variant:
+def _forward_variant(dtype: str, weight: str, residual: bool, columns: int) -> Variant:
+    tile, p = row_tile(columns), f"*{dtype}"
+    return Variant(
+        f"rms_norm_quantize {dtype} weight {weight} K={columns} qmax=127 residual={residual}",
+        rms_norm_quantize_kernel,
+        {"x": p, "residual": p, "weight": f"*{weight}", "codes": "*i8", "scale": "*fp32"}
+        | {"total": p, **SIZES},
+        {"QMAX": 127, "HAS_RESIDUAL": residual, **tile.constants()},
+        num_warps=tile.num_warps,
+        promises=WIDE,
+    )
+
+
+def _backward_variant(dtype: str, weight: str, total: bool, columns: int) -> Variant:
     long, width, warps = backward_tile(columns, 4 if dtype == "fp32" else 2)
     kernel = rms_norm_backward_long_kernel if long else rms_norm_backward_kernel
-    names = ("grad", "x", "weight", "grad_total", "dx")
+    names = dict.fromkeys(("grad", "x", "weight", "grad_total", "dx"), f"*{dtype}")
     return Variant(
-        f"rms_norm_backward {dtype} K={columns} total={total}",
+        f"rms_norm_backward {dtype} weight {weight} K={columns} total={total}",
         kernel,
-        {**dict.fromkeys(names, f"*{dtype}"), "partial": "*fp32", **SIZES},
+        {**names, "weight": f"*{weight}", "partial": "*fp32", **SIZES},
         {"HAS_TOTAL": total, "WIDTH": width},
         num_warps=warps,
-        divisible=("columns",),
-        promises=frozenset({"vector_loads"}),
+        promises=WIDE,
+    )
+
+
+def _sum_variant(dtype: str) -> Variant:
+    return Variant(
+        f"sum_partials {dtype}",
+        sum_partials_kernel,
+        {"partial": "*fp32", "dweight": f"*{dtype}", "programs": "i32", "columns": "i32"},
+        {"ROWS": SUM_ROWS, "WIDTH": SUM_COLUMNS},
+        promises=WIDE,
     )
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every form that real row lengths select; the bit width only changes a constant."""
+    """Every form; the bit width only changes a constant."""
     for columns in ROW_LENGTHS:
-        yield _forward_variant("bf16", columns, 127, True, "bf16")
-    for dtype in ("fp32", "fp16"):
-        for columns in (64, 4096, 28672):
-            yield _forward_variant(dtype, columns, 127, True, dtype)
-    for columns in (576, 4096, 8192, 28672):
-        yield _backward_variant("bf16", columns, True)
-    yield _forward_variant("bf16", 4096, 127, False, "bf16")
-    yield _forward_variant("bf16", 4096, 7, True, "fp32")
-    for dtype, columns in (("fp32", 4096), ("fp32", 8192)):
-        yield _backward_variant(dtype, columns, True)
-    yield _backward_variant("bf16", 4096, False)
-    for columns, dtype in ((4096, "bf16"), (28672, "fp32")):
-        tile, p = row_tile(columns), f"*{dtype}"
-        yield Variant(
-            f"rms_norm {dtype} K={columns}",
-            rms_norm_kernel,
-            {"x": p, "weight": p, "y": p, **SIZES},
-            tile.constants(),
-            num_warps=tile.num_warps,
-            divisible=("columns",),
-            promises=frozenset({"vector_loads"}),
-        )
-    for dtype in ("fp32", "bf16"):
-        yield Variant(
-            f"sum_partials {dtype}",
-            sum_partials_kernel,
-            {"partial": "*fp32", "dweight": f"*{dtype}", "programs": "i32", "columns": "i32"},
-            {"ROWS": SUM_ROWS, "WIDTH": SUM_COLUMNS},
-            divisible=("columns",),
-            promises=frozenset({"vector_loads"}),
-        )
+        if columns not in LONGEST_OF_TILES:
+            yield _forward_variant("bf16", "bf16", True, columns)
+    for dtype in FLOATS:
+        for weight in dict.fromkeys((dtype, "fp32")):
+            yield from row_forms(functools.partial(_norm_variant, dtype, weight))
+            # Without the sum a form holds less: that is checked with the usual weight only.
+            for flag in (True, False) if weight == dtype else (True,):
+                yield from row_forms(functools.partial(_forward_variant, dtype, weight, flag))
+                held = MAX_HELD_BYTES // (4 if dtype == "fp32" else 2)
+                for columns in (576, held, 28672):
+                    yield _backward_variant(dtype, weight, flag, columns)
+                for columns in (held // 2 - 1, 28671):
+                    yield unaligned(_backward_variant(dtype, weight, flag, columns))
+        yield _sum_variant(dtype)
+        yield unaligned(_sum_variant(dtype))

@@ -11,7 +11,7 @@ Cost:     bf16 to int8: 3 bytes an element and the table row; one read, one writ
 Numerics: exact: every product and sum rounded to the dtype of x.
 Edges:    even D, odd heads and odd halves are masked. A position outside the table rotates to
           NaN; a place outside the cache is not written (indices are never read by the host).
-Limits:   paper: Hkv * D <= 32,768 after rounding both to powers of two.
+Limits:   paper: Hkv * D <= 16,384 after rounding both to powers of two.
 Tests:    tests/triton/test_rope_quantize_append.py, tests/kernels/test_rope_fake_quantize.py
 Bench:    python -m benchmarks.run --op rope_quantize_append --device cuda
 """
@@ -29,13 +29,13 @@ from torch import Tensor
 from ...errors import InvalidArgument
 from ...spec.quantize import QUANTIZED_BITS, qmax
 from . import rope_tiles
-from .kv_cache import cache_form, check_index, check_table, rows_of
-from .launch import TRITON_TYPES, Variant, empty, launch
+from .kv_cache import cache_form, check_index, check_table, heads_of
+from .launch import ALIGNMENT, TRITON_TYPES, Variant, aligned, empty, launch, unaligned
 from .rope_tiles import head_tile
 from .row_tiles import next_power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "heads", "table_rows"])
 def rope_kernel(
     x, cos, sin, positions, y, heads, table_rows, token_stride, head_stride,
     HALF: tl.constexpr, HEADS: tl.constexpr, HALF_BLOCK: tl.constexpr,
@@ -76,7 +76,7 @@ def _fake_quantize(
     rope_tiles.store_halves(y, at, x1, x2, mask, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "heads", "table_rows"])
 def rope_fake_quantize_kernel(
     k, v, cos, sin, positions, keys, values, heads, table_rows,
     k_token, k_head, v_token, v_head, QMAX: tl.constexpr, PER_TOKEN: tl.constexpr,
@@ -135,7 +135,11 @@ def _append(
             tl.store(scale + row, s, mask=head_mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "k_scale", "v_scale", "slots", "positions", "n_slots", "heads", "tokens", "table_rows"
+    ]
+)  # fmt: skip
 def rope_quantize_append_kernel(
     k, v, cos, sin, k_codes, k_scale, v_codes, v_scale, slots, positions,
     n_slots, heads, tokens, table_rows, k_token, k_head, v_token, v_head,
@@ -164,13 +168,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     half = _checked_half(head_dim)
     check_table(cos, sin, half)
     check_index("positions", positions, n)
-    x = rows_of(x)
+    x, regular = heads_of(x)
     tile = head_tile(heads, half, whole=False)
     launch(
         rope_kernel, (n, triton.cdiv(heads, tile.heads)),
-        x, cos.contiguous(), sin.contiguous(), positions.contiguous(), y,
+        x, aligned(cos), aligned(sin), positions.contiguous(), y,
         heads, cos.shape[0], x.stride(0), x.stride(1),
-        HALF=half, HEADS=tile.heads, HALF_BLOCK=tile.half_block, num_warps=tile.num_warps,
+        HALF=half, HEADS=tile.heads, HALF_BLOCK=tile.half_block,
+        num_warps=tile.num_warps, regular=regular,
     )  # fmt: skip
     return y
 
@@ -194,16 +199,17 @@ def rope_fake_quantize(
     half = _checked_half(head_dim)
     check_table(cos, sin, half)
     check_index("positions", positions, n)
-    k, v = rows_of(k), rows_of(v)
+    (k, regular), (v, _) = heads_of(k), heads_of(v)
     quantized = bits in QUANTIZED_BITS
     per_token = quantized and pre_rope
     tile = head_tile(heads, half, whole=per_token)
     launch(
         rope_fake_quantize_kernel, (n, 2, triton.cdiv(heads, tile.heads)),
-        k, v, cos.contiguous(), sin.contiguous(), positions.contiguous(), keys, values,
+        k, v, aligned(cos), aligned(sin), positions.contiguous(), keys, values,
         heads, cos.shape[0], k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         QMAX=qmax(bits) if quantized else 0, PER_TOKEN=per_token,
-        HALF=half, HEADS=tile.heads, HALF_BLOCK=tile.half_block, num_warps=tile.num_warps,
+        HALF=half, HEADS=tile.heads, HALF_BLOCK=tile.half_block,
+        num_warps=tile.num_warps, regular=regular,
     )  # fmt: skip
     return keys, values
 
@@ -235,16 +241,17 @@ def rope_quantize_append(
     check_index("positions", positions, n)
     if k.numel() == 0:
         return
-    k, v = rows_of(k), rows_of(v)
+    (k, regular), (v, _) = heads_of(k), heads_of(v)
     tile = head_tile(heads, form.half, whole=form.per_token)
     launch(
         rope_quantize_append_kernel, (n, 2, triton.cdiv(heads, tile.heads)),
-        k, v, cos.contiguous(), sin.contiguous(), k_codes, k_scale, v_codes, v_scale,
+        k, v, aligned(cos), aligned(sin), k_codes, k_scale, v_codes, v_scale,
         slots.contiguous(), positions.contiguous(),
         form.slots, heads, form.tokens, cos.shape[0],
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         QMAX=qmax(bits) if form.quantized else 0, PER_TOKEN=form.per_token, PACKED=form.packed,
-        HALF=form.half, HEADS=tile.heads, HALF_BLOCK=tile.half_block, num_warps=tile.num_warps,
+        HALF=form.half, HEADS=tile.heads, HALF_BLOCK=tile.half_block,
+        num_warps=tile.num_warps, regular=regular,
     )  # fmt: skip
 
 
@@ -260,57 +267,60 @@ KERNELS: dict[str, Any] = {
     "rope_quantize_append": rope_quantize_append,
 }
 
-SHAPES = ((3, 64), (8, 128), (32, 128), (64, 128), (32, 80), (40, 96))
-"""(KV heads, head dimension) of real models, one for each kind of tile."""
+SHAPES = (
+    (3, 64), (8, 128), (128, 128), (40, 96), (128, 96), (128, 72), (128, 66), (32, 72), (32, 66),
+)  # fmt: skip
+"""(KV heads, head dimension): real models, one for each kind of half (a power of two, even, odd)
+and of rows (at multiples of 16 bytes or anywhere), and the most elements that share a scale."""
+
+
+def _kinds(dtype: str) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], bool]]:
+    """(name, kernel, signature, constants, whether heads share a scale) of every kernel."""
+    tables = dict.fromkeys(("cos", "sin"), "*fp32")
+    strides = dict.fromkeys(("k_token", "k_head", "v_token", "v_head"), "i32")
+    sizes = {"heads": "i32", "table_rows": "i32"}
+    inputs = {"k": f"*{dtype}", "v": f"*{dtype}", **tables, "positions": "*i64", **sizes}
+    one = {"x": f"*{dtype}", **tables, "positions": "*i64", "y": f"*{dtype}", **sizes}
+    yield "rope", rope_kernel, {**one, "token_stride": "i32", "head_stride": "i32"}, {}, False
+    for mode in ("off", "paper", "serving"):
+        whole = mode == "paper"
+        constants = {"QMAX": 0 if mode == "off" else 127, "PER_TOKEN": whole}
+        outputs = {"keys": f"*{dtype}", "values": f"*{dtype}"}
+        signature = {**inputs, **outputs, **strides}
+        name = f"rope_fake_quantize {mode}"
+        yield name, rope_fake_quantize_kernel, signature, constants, whole
+        for packed in (False, True) if mode != "off" else (False,):
+            store = "*u8" if packed else f"*{dtype}" if mode == "off" else "*i8"
+            cache = {
+                "k_codes": store, "k_scale": "*fp32", "v_codes": store, "v_scale": "*fp32",
+                "slots": "*i64", "n_slots": "i32", "tokens": "i32",
+            }  # fmt: skip
+            flags = {**constants, "PACKED": packed} | ({"QMAX": 7} if packed else {})
+            name = f"rope_quantize_append {mode}{' packed' if packed else ''}"
+            yield name, rope_quantize_append_kernel, {**inputs, **cache, **strides}, flags, whole
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every form that real models select."""
-    strides = {name: "i32" for name in ("k_token", "k_head", "v_token", "v_head")}
-    pointers = dict.fromkeys(("cos", "sin"), "*fp32")
+    """Every kernel and dtype at every shape of `SHAPES` that it takes."""
     for heads, head_dim in SHAPES:
         half = head_dim // 2
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            name = TRITON_TYPES[dtype]
-            at = f"{name} Hkv={heads} D={head_dim}"
-            inputs = {"k": f"*{name}", "v": f"*{name}", **pointers}
             # The smallest tiles have fewer than 16 bytes a lane.
-            bytes_of_tile = next_power_of_two(heads) * half * dtype.itemsize
-            promises = frozenset({"vector_loads"} if bytes_of_tile >= 16 * 32 else ())
-
-            def shape(whole: bool, heads: int = heads, half: int = half) -> dict[str, int]:
+            wide = next_power_of_two(heads) * half * dtype.itemsize >= 16 * 32
+            for name, kernel, signature, constants, whole in _kinds(TRITON_TYPES[dtype]):
+                # More heads make another tile only if they share a scale, and whether a half is
+                # even matters where two codes share a byte.
+                if (heads > 40 and not whole) or (head_dim == 72 and "packed" not in name):
+                    continue
                 tile = head_tile(heads, half, whole)
-                return {"HALF": half, "HEADS": tile.heads, "HALF_BLOCK": tile.half_block}
-
-            yield Variant(
-                f"rope {at}", rope_kernel,
-                {"x": f"*{name}", **pointers, "positions": "*i64", "y": f"*{name}",
-                 "heads": "i32", "table_rows": "i32", "token_stride": "i32", "head_stride": "i32"},
-                shape(False), num_warps=head_tile(heads, half, False).num_warps,
-                divisible=("token_stride", "head_stride"), promises=promises,
-            )  # fmt: skip
-            for mode in ("off", "paper", "serving"):
-                per_token = mode == "paper"
-                warps = head_tile(heads, half, per_token).num_warps
-                constants = {
-                    "QMAX": 0 if mode == "off" else 127, "PER_TOKEN": per_token, **shape(per_token)
-                }  # fmt: skip
-                yield Variant(
-                    f"rope_fake_quantize {mode} {at}", rope_fake_quantize_kernel,
-                    {**inputs, "positions": "*i64", "keys": f"*{name}", "values": f"*{name}",
-                     "heads": "i32", "table_rows": "i32", **strides},
-                    constants, num_warps=warps, divisible=tuple(strides), promises=promises,
+                shape = {"HALF": half, "HEADS": tile.heads, "HALF_BLOCK": tile.half_block}
+                variant = Variant(
+                    f"{name} {TRITON_TYPES[dtype]} Hkv={heads} D={head_dim}",
+                    kernel, signature, constants | shape, num_warps=tile.num_warps,
+                    promises=frozenset({"vector_loads"} if wide else ()),
                 )  # fmt: skip
-                for packed in (False, True) if mode != "off" else (False,):
-                    store = "*u8" if packed else f"*{name}" if mode == "off" else "*i8"
-                    width = {"QMAX": 7} if packed else {}
-                    yield Variant(
-                        f"rope_quantize_append {mode}{' packed' if packed else ''} {at}",
-                        rope_quantize_append_kernel,
-                        {**inputs, "k_codes": store, "k_scale": "*fp32", "v_codes": store,
-                         "v_scale": "*fp32", "slots": "*i64", "positions": "*i64",
-                         "n_slots": "i32", "heads": "i32", "tokens": "i32", "table_rows": "i32",
-                         **strides},
-                        {**constants, **width, "PACKED": packed},
-                        num_warps=warps, divisible=tuple(strides), promises=promises,
-                    )  # fmt: skip
+                if head_dim % ALIGNMENT == 0:
+                    yield variant
+                # A cache may begin anywhere.
+                if head_dim % ALIGNMENT or (head_dim == 128 and "append" in name):
+                    yield unaligned(variant)

@@ -13,7 +13,10 @@ import triton.language as tl
 
 from ...errors import InvalidArgument
 from . import numerics
-from .row_tiles import MAX_COLUMNS, next_power_of_two
+from .row_tiles import SHORTEST, next_power_of_two
+
+MAX_TOKEN = 16_384
+"""Elements that share a scale: 16 a lane of a program of 32 warps; more would not fit registers."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ def head_tile(heads: int, half: int, whole: bool) -> HeadTile:
     Raises:
         InvalidArgument: a whole token too long for one program.
     """
-    block = next_power_of_two(half)
+    block = max(next_power_of_two(half), SHORTEST)
     tile_heads = next_power_of_two(heads)
     if not whole:
         tile_heads = min(tile_heads, max(1, 1024 // (2 * block)))
     elements = 2 * block * tile_heads
-    if elements > MAX_COLUMNS:
+    if whole and elements > MAX_TOKEN:
         raise InvalidArgument(
-            f"k: {heads} heads of {2 * half} columns share one scale, which exceeds {MAX_COLUMNS}"
+            f"k: {heads} heads of {2 * half} columns share one scale, which exceeds {MAX_TOKEN}"
             " elements; use the serving mode"
         )
     return HeadTile(tile_heads, block, min(32, max(1, elements // 512)))

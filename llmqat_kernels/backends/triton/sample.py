@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...spec import sampling as spec_sampling
 from . import numerics
-from .launch import TRITON_TYPES, Variant, empty, launch
+from .launch import TRITON_TYPES, Variant, empty, launch, rows_near, unaligned
 from .row_tiles import next_power_of_two
 
 MULTIPLIER_0 = tl.constexpr(spec_sampling.PHILOX_MULTIPLIERS[0])
@@ -81,7 +81,7 @@ def _ordered(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def select_kernel(
     logits, keys, lasts, vocabulary, row_stride, k, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,9 @@ def select_kernel(
     tl.store(lasts + row, last)
 
 
-@triton.jit(do_not_specialize=["key0", "key1"])
+@triton.jit(
+    do_not_specialize=["record", "step", "greedy", "spans", "key0", "key1", "temperature"]
+)  # fmt: skip
 def sample_span_kernel(
     logits, record, step, greedy, keys, lasts, scores, tokens, states,
     vocabulary, row_stride, spans, key0, key1, temperature,
@@ -168,7 +170,7 @@ def sample_span_kernel(
     tl.store(states + at, seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def best_span_kernel(scores, tokens, states, y, spans, SPANS: tl.constexpr):
     """The best token of each row, or -1."""
     row = tl.program_id(0).to(tl.int64)
@@ -204,8 +206,7 @@ def sample(
     y = empty((n,), torch.int64, device)
     if n == 0 or vocabulary == 0:
         return y.fill_(-1)
-    if logits.stride(1) != 1 and vocabulary > 1:
-        logits = logits.contiguous()
+    logits = rows_near(logits)
     selects = 0 < top_k < vocabulary
     keys = empty((n if selects else 0,), torch.int32, device)
     lasts = empty((n if selects else 0,), torch.int32, device)
@@ -234,38 +235,36 @@ def sample(
 
 KERNELS: dict[str, Any] = {"sample": sample}
 
-VOCABULARIES = (32_000, 49_152, 128_256, 262_144)
-"""Of real models."""
+MOST_SPANS = 256
+"""For ahead-of-time compilation: vocabularies of up to a million tokens."""
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every form that real vocabularies select."""
+    """Every form."""
     partial = {"scores": "*fp32", "tokens": "*i32", "states": "*i32"}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = TRITON_TYPES[dtype]
         kth = {"keys": "*i32", "lasts": "*i32"}
         sizes = {"vocabulary": "i32", "row_stride": "i32"}
-        yield Variant(
+        select = Variant(
             f"sample select {name}", select_kernel,
             {"logits": f"*{name}", **kth, **sizes, "k": "i32"}, {"BLOCK": SELECT_BLOCK},
-            num_warps=8, divisible=("vocabulary", "row_stride"),
-            promises=frozenset({"vector_loads"}),
+            num_warps=8, promises=frozenset({"vector_loads"}),
         )  # fmt: skip
+        yield from (select, unaligned(select))
         for divide, top_k in ((False, False), (True, False), (False, True), (True, True)):
-            yield Variant(
+            span = Variant(
                 f"sample {name}{' temperature' if divide else ''}{' top_k' if top_k else ''}",
                 sample_span_kernel,
-                {"logits": f"*{name}", "record": "*i64", "step": "*i64", "greedy": "*i1", **kth,
+                {"logits": f"*{name}", "record": "*i64", "step": "*i64", "greedy": "*u1", **kth,
                  **partial, **sizes, "spans": "i32", "key0": "i32", "key1": "i32",
                  "temperature": "fp32"},
                 {"DIVIDE": divide, "TOP_K": top_k, "SPAN": SPAN, "BLOCK": BLOCK},
-                num_warps=4, divisible=("vocabulary", "row_stride"),
-                promises=frozenset({"vector_loads"}),
+                num_warps=4, promises=frozenset({"vector_loads"}),
             )  # fmt: skip
-    for vocabulary in VOCABULARIES:
-        spans = triton.cdiv(vocabulary, SPAN)
+            yield from (span, unaligned(span))
+    for doublings in range(MOST_SPANS.bit_length()):
         yield Variant(
-            f"sample best of {spans} spans", best_span_kernel,
-            {**partial, "y": "*i64", "spans": "i32"}, {"SPANS": next_power_of_two(spans)},
-            num_warps=1,
+            f"sample best of {1 << doublings} spans", best_span_kernel,
+            {**partial, "y": "*i64", "spans": "i32"}, {"SPANS": 1 << doublings}, num_warps=1,
         )  # fmt: skip

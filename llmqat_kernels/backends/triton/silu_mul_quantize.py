@@ -10,7 +10,8 @@ Cost:     5 bytes an element of bf16 for codes, 6 for y, 10 for the backward; me
 Numerics: forward exact; backward by the 3x rule.
 Edges:    columns beyond K are masked and read as 0, whose product is 0; empty tensors launch
           nothing.
-Limits:   K <= 32,768 for codes; fp32 rows beyond 24,576 are two kernels.
+Limits:   K <= 32,768 for codes, or 16,384 if no multiple of 16; fp32 rows beyond 24,576 are two
+          kernels.
 Tests:    tests/triton/test_silu_mul_quantize.py, tests/kernels/test_silu_mul_quantize_spec.py
 Bench:    python -m benchmarks.run --op silu_mul_quantize --device cuda
 """
@@ -18,6 +19,7 @@ Bench:    python -m benchmarks.run --op silu_mul_quantize --device cuda
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +29,15 @@ from torch import Tensor
 
 from ...spec.quantize import qmax
 from . import numerics
-from .launch import Variant, empty, launch
-from .quantize import FLOATS, check_columns, quantize
+from .launch import ALIGNMENT, Variant, aligned, empty, launch, rows_near, unaligned
+from .quantize import FLOATS, check_columns, quantize, row_forms
 from .row_chunks import appended, chunk_of, row_of_program, store_codes
-from .row_tiles import ROW_LENGTHS, flat_tile, row_tile
+from .row_tiles import LONGEST_OF_TILES, ROW_LENGTHS, flat_tile, row_tile
 
 MAX_GRID_ROWS = 65_535
 """CUDA's limit of the second grid dimension."""
+NARROWEST = 256
+"""Elements of the smallest elementwise program."""
 MAX_FUSED_BYTES = 6 * 4096 * 4
 """Longest row whose operands and product fit the registers: all of bf16, fp32 to 24,576 elements.
 Longer ones are two kernels."""
@@ -92,11 +96,13 @@ def silu_mul_backward_kernel(
 
 def strided_rows(x: Tensor) -> tuple[Tensor, int]:
     """A tensor over the rows of ``x`` [..., K] and the distance of two rows in elements; copies
-    only what is no set of equally distant rows.
+    only what is no set of equally distant rows, or would be one of whole vectors.
     """
     rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    places = (rows.stride(0), rows.data_ptr())
+    if rows.shape[-1] % ALIGNMENT == 0 and any(place % ALIGNMENT for place in places):
+        rows = aligned(rows)
+    rows = rows_near(rows)
     return rows, rows.stride(0)
 
 
@@ -105,10 +111,10 @@ def _grid(gate: Tensor, up: Tensor) -> tuple[Tensor, int, Tensor, int, int, int]
     kernel: one row where both are contiguous.
     """
     if gate.is_contiguous() and up.is_contiguous():
-        return gate, 0, up, 0, 1, gate.numel()
+        return aligned(gate), 0, aligned(up), 0, 1, gate.numel()
     (gate, gate_stride), (up, up_stride) = strided_rows(gate), strided_rows(up)
     if gate.shape[0] > MAX_GRID_ROWS:
-        return gate.contiguous(), 0, up.contiguous(), 0, 1, gate.numel()
+        return aligned(gate), 0, aligned(up), 0, 1, gate.numel()
     return gate, gate_stride, up, up_stride, *gate.shape
 
 
@@ -118,7 +124,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     gate, gate_stride, up, up_stride, rows, columns = _grid(gate, up)
-    width = flat_tile(columns).width
+    width = flat_tile(max(columns, NARROWEST)).width
     launch(
         silu_mul_kernel, (triton.cdiv(columns, width), rows),
         gate, up, y, gate_stride, up_stride, columns, WIDTH=width,
@@ -153,10 +159,10 @@ def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     if dgate.numel() == 0:
         return dgate, dup
     gate, gate_stride, up, up_stride, rows, columns = _grid(gate, up)
-    width = flat_tile(columns).width
+    width = flat_tile(max(columns, NARROWEST)).width
     launch(
         silu_mul_backward_kernel, (triton.cdiv(columns, width), rows),
-        grad.contiguous(), gate, up, dgate, dup, gate_stride, up_stride, columns, WIDTH=width,
+        aligned(grad), gate, up, dgate, dup, gate_stride, up_stride, columns, WIDTH=width,
     )  # fmt: skip
     return dgate, dup
 
@@ -167,35 +173,49 @@ KERNELS: dict[str, Any] = {
     "silu_mul_backward": silu_mul_backward,
 }
 STRIDES = {"gate_stride": "i32", "up_stride": "i32"}
+WIDE = frozenset({"vector_loads"})
+
+
+def _row_variant(dtype: str, columns: int) -> Variant:
+    columns = min(columns, MAX_FUSED_BYTES // (4 if dtype == "fp32" else 2))
+    tile, p = row_tile(columns), f"*{dtype}"
+    return Variant(
+        f"silu_mul_quantize {dtype} K={columns} qmax=127",
+        silu_mul_quantize_kernel,
+        {"gate": p, "up": p, "codes": "*i8", "scale": "*fp32", **STRIDES}
+        | {"rows": "i32", "columns": "i32"},
+        {"QMAX": 127, **tile.constants()},
+        num_warps=tile.num_warps,
+        promises=WIDE,
+    )
+
+
+def _flat_variant(kernel: Any, names: tuple[str, ...], dtype: str, columns: int) -> Variant:
+    """An elementwise form; 2^31 columns or more are a tensor as one row."""
+    size = "i64" if columns >= 2**31 else "i32"
+    width = flat_tile(columns).width
+    return Variant(
+        f"{kernel.__name__.removesuffix('_kernel')} {dtype}"
+        f"{' n>=2^31' if size == 'i64' else f' {width}'}",
+        kernel,
+        {**dict.fromkeys(names, f"*{dtype}"), **STRIDES, "columns": size},
+        {"WIDTH": width},
+        promises=WIDE,
+    )
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every form that real row lengths select; the bit width only changes a constant."""
-    wide = frozenset({"vector_loads"})
-    cases = [(columns, "bf16", 127) for columns in ROW_LENGTHS]
-    cases += [(24576, "fp32", 127), (28672, "fp16", 127), (11008, "bf16", 7)]
-    for columns, dtype, limit in cases:
-        tile, p = row_tile(columns), f"*{dtype}"
-        yield Variant(
-            f"silu_mul_quantize {dtype} K={columns} qmax={limit}",
-            silu_mul_quantize_kernel,
-            {"gate": p, "up": p, "codes": "*i8", "scale": "*fp32", **STRIDES}
-            | {"rows": "i32", "columns": "i32"},
-            {"QMAX": limit, **tile.constants()},
-            num_warps=tile.num_warps,
-            divisible=("columns", *STRIDES),
-            promises=wide,
-        )
-    for kernel, names in (
-        (silu_mul_kernel, ("gate", "up", "y")),
-        (silu_mul_backward_kernel, ("grad", "gate", "up", "dgate", "dup")),
-    ):
-        for dtype in FLOATS:
-            yield Variant(
-                f"{kernel.__name__.removesuffix('_kernel')} {dtype}",
-                kernel,
-                {**dict.fromkeys(names, f"*{dtype}"), **STRIDES, "columns": "i32"},
-                {"WIDTH": 1024},
-                divisible=("columns", *STRIDES),
-                promises=wide,
-            )
+    """Every form; the bit width only changes a constant."""
+    for columns in ROW_LENGTHS:
+        if columns not in LONGEST_OF_TILES:
+            yield _row_variant("bf16", columns)
+    for dtype in FLOATS:
+        yield from row_forms(partial(_row_variant, dtype))
+        for kernel, names in (
+            (silu_mul_kernel, ("gate", "up", "y")),
+            (silu_mul_backward_kernel, ("grad", "gate", "up", "dgate", "dup")),
+        ):
+            for columns in (4096, 2**31):
+                form = _flat_variant(kernel, names, dtype, columns)
+                yield form
+                yield unaligned(form)

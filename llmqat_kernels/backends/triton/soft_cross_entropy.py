@@ -19,6 +19,7 @@ Tests:    tests/triton/test_distillation_loss.py
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -30,6 +31,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The maximum before the first value: finite, so that -inf - maximum is no NaN."""
 SHORT_ROW = 2048
 ENTRY_BLOCKS = (128, 1024, 8192)
+MOST_OF_SHORT_ROW = ENTRY_BLOCKS[1]
+"""Stored probabilities that the lanes of a short row hold."""
 
 
 @triton.jit
@@ -126,7 +129,7 @@ def _soft_row(
     return tl.sum(loss, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["valid", "inverse_count", "losses", "columns"])
 def soft_cross_entropy_kernel(
     student, teacher, gradient, valid, inverse_count, losses,
     columns, width, student_stride, teacher_stride, gradient_stride,
@@ -197,7 +200,11 @@ def _top_k_row(
     return -tl.sum(terms, axis=0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "probabilities", "tokens", "valid", "inverse_count", "losses", "columns", "k"
+    ]
+)  # fmt: skip
 def top_k_cross_entropy_kernel(
     student, probabilities, tokens, valid, inverse_count, losses,
     columns, width, student_stride, k,
@@ -230,7 +237,7 @@ class LossTile:
         return self.lanes // 32
 
     @property
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, Any]:
         """The compile-time arguments of the kernels."""
         return {"LANES": self.lanes, "VECTOR": self.vector}
 
@@ -242,6 +249,11 @@ def loss_tile(columns: int, itemsize: int) -> LossTile:
     of them in L2. 2 for a toy one.
     """
     return LossTile(512 if columns > SHORT_ROW else 64, 16 // itemsize)
+
+
+def top_k_tile(columns: int, itemsize: int, k: int) -> LossTile:
+    """`loss_tile` for ``k`` stored probabilities a row, which the same lanes hold."""
+    return loss_tile(columns if k <= MOST_OF_SHORT_ROW else SHORT_ROW + 1, itemsize)
 
 
 def entries_block(k: int) -> int:
