@@ -1,8 +1,9 @@
 """The ``llmqat`` command: one subcommand per stage of the river.
 
 Each subcommand is a module of ``llmqat.commands`` with an ``Arguments`` dataclass (or several) and
-``run(...)``; it is imported only when it is used, so ``llmqat --help`` answers at once. Every
-subcommand takes ``--config FILE.yaml``: the file sets defaults, the command line wins.
+``run(...)``, or with ``ACTIONS`` where a second word says what to do; it is imported only when it
+is used, so ``llmqat --help`` answers at once. Every subcommand takes ``--config FILE.yaml``: the
+file sets defaults, the command line wins.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from llmqat.commands.actions import run_action
+
 COMMANDS = {
     "generate-data": "let the teacher write its own training text",
+    "teacher-logits": "save the teacher's largest probabilities beside generated text",
     "train": "quantization-aware training with logits distillation",
-    "eval": "perplexity of a full-precision, fake-quantized or packed model",
+    "eval": "perplexity and question sets of a full-precision, fake-quantized or packed model",
     "quantize": "a packed checkpoint by a post-training method: rtn, smoothquant, gptq, ...",
     "export": "write a packed int4/int8 checkpoint (compressed-tensors layout)",
     "generate": "generate text from a checkpoint with the quantized KV cache",
+    "bench": "measure a model on this machine: kv (cache memory and decode speed)",
     "info": "which backend runs each operator here, and why",
     "demo": "the whole river on a small real model",
+    "experiments": "the paper's tables and figures on any model: list, run, report",
 }
 PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)
 
@@ -46,7 +52,9 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
     """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(list(types), prog=f"llmqat {command}", description=COMMANDS[command])
+    parser = HfArgumentParser(
+        list(types), prog=f"llmqat {command}", description=COMMANDS[command.partition(" ")[0]]
+    )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of options; the command line wins"
     )
@@ -99,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         module = import_module(f"llmqat.commands.{command.replace('-', '_')}")
-        status = module.run(*parse_arguments(command, module.ARGUMENTS, rest))
+        if hasattr(module, "ACTIONS"):
+            status = run_action(command, module.ACTIONS, rest, parse_arguments)
+        else:
+            status = module.run(*parse_arguments(command, module.ARGUMENTS, rest))
         return 0 if status is None else int(status)
     except KeyboardInterrupt:
         print(

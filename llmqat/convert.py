@@ -22,7 +22,8 @@ from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
 from llmqat.models import compat
 from llmqat.models.families import Family, find_family, iter_blocks, iter_linears
-from llmqat.nn.attention import KVQuantizer, enable_kv_quantization
+from llmqat.nn.attention import KVQuantizer, TokenKVQuantizer, enable_kv_quantization
+from llmqat.nn.conv1d import adopt_linear, row_weight
 from llmqat.nn.fused import check_fusable, fuse_blocks
 from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
 from llmqat.report import conversion_report
@@ -32,9 +33,9 @@ __all__ = ["conversion_report", "convert", "prepare", "state_of", "swap_empty"]
 
 
 def prepare(model: nn.Module, config: QATConfig, *, fused: bool = False) -> nn.Module:
-    """Make a transformers LLaMA train through quantization, in place.
+    """Make a transformers model of a known family train through quantization, in place.
 
-    All seven linears of every block quantize weight and input, K and V are quantized as
+    All linears of every block quantize weight and input, K and V are quantized as
     `config.kv_mode` says; embeddings, norms, Q, softmax and the head stay as they are (LLM-QAT
     section 2.2). Parameters and their names are unchanged.
 
@@ -57,7 +58,7 @@ def prepare(model: nn.Module, config: QATConfig, *, fused: bool = False) -> nn.M
     _refuse_changed(model)
     linears = list(iter_linears(model, family))
     for name, _, module in linears:
-        _check_linear(name, module, config)
+        _check_linear(name, module, family, config)
     if fused:
         check_fusable(model, family, config)
     compat.own_config(model)
@@ -65,7 +66,7 @@ def prepare(model: nn.Module, config: QATConfig, *, fused: bool = False) -> nn.M
     for _, short, module in linears:
         spec = _linear_spec(short, family, config, fused)
         if spec.enabled:
-            QATLinear.adopt(module, spec)
+            adopt_linear(module, spec)
     _connect(model, family, config, fused)
     _set_state(model, State(PREPARED, config, fused))
     return model
@@ -140,11 +141,10 @@ def swap_empty(
     compat.own_config(model)
     with torch.device("meta"):
         for name, short, module in list(iter_linears(model, family)):
-            _check_linear(name, module, config)
+            _check_linear(name, module, family, config)
             spec = _linear_spec(short, family, config, fused)
-            linear = QuantizedLinear.empty(
-                module.in_features, module.out_features, spec, bias_dtype=bias_dtypes.get(name)
-            )
+            n, k = row_weight(module).shape
+            linear = QuantizedLinear.empty(k, n, spec, bias_dtype=bias_dtypes.get(name))
             model.set_submodule(name, linear.train(module.training))
     _connect(model, family, config, fused)
     _set_state(model, State(PACKED, config, fused))
@@ -159,17 +159,19 @@ def _refuse_changed(model: nn.Module) -> None:
         )
 
 
-def _check_linear(name: str, module: nn.Module, config: QATConfig) -> None:
-    if type(module) is not nn.Linear:
+def _check_linear(name: str, module: nn.Module, family: Family, config: QATConfig) -> None:
+    if not family.is_linear(module):
         raise ConfigError(
-            f"{name}: expected a plain nn.Linear, found {type(module).__name__}; it would be"
-            " skipped"
+            f"{name}: expected a plain nn.{family.linear_class}, found {type(module).__name__}; it"
+            " would be skipped"
         )
-    group = config.group_size
-    if config.weight.enabled and group != -1 and module.in_features % group:
-        raise ConfigError(
-            f"group_size: {group} does not divide the {module.in_features} input columns of {name}"
-        )
+    for field, part in (("group_size", config.weight), ("a_group_size", config.activation)):
+        group = part.group_size
+        columns = row_weight(module).shape[1]
+        if part.enabled and group != -1 and columns % group:
+            raise ConfigError(
+                f"{field}: {group} does not divide the {columns} input columns of {name}"
+            )
 
 
 def _linear_spec(short: str, family: Family, config: QATConfig, fused: bool) -> LinearSpec:
@@ -181,11 +183,12 @@ def _connect(model: nn.Module, family: Family, config: QATConfig, fused: bool) -
     """What lies between the quantized linears: fused blocks, or quantized K and V in attention."""
     if fused:
         fuse_blocks(model, family, config)
-    elif config.kv.enabled and config.kv_mode == "serving":
+    elif config.kv.enabled and (config.kv_mode == "serving" or not family.kv_linears):
         attentions = [
             block.get_submodule(family.attention) for _, block in iter_blocks(model, family)
         ]
-        enable_kv_quantization(model, attentions, KVQuantizer(config.kv_bits, config.ste_clip))
+        kind = KVQuantizer if config.kv_mode == "serving" else TokenKVQuantizer
+        enable_kv_quantization(model, attentions, kind(config.kv, config.ste_clip))
 
 
 def _set_state(model: nn.Module, state: State) -> None:

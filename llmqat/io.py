@@ -253,6 +253,17 @@ class Lock:
         """Whether this object holds the lock."""
         return self._fd is not None
 
+    def fileno(self) -> int:
+        """The descriptor that holds the lock: a child that inherits it holds the lock as well, also
+        after this process was killed.
+
+        Raises:
+            LockError: it is not held.
+        """
+        if self._fd is None:
+            raise LockError(f"lock {self.path}: not held; acquire it first")
+        return self._fd
+
     def acquire(self) -> None:
         """Take the lock, or raise `LockError` at once."""
         if self._fd is not None:

@@ -82,8 +82,9 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     linears = {name: short for name, short, _ in iter_linears(model, family)}
     blocks = {name for name, _ in iter_blocks(model, family)}
     attentions = {f"{name}.{family.attention}" for name in blocks}
+    split = bool(family.kv_linears)
     if not state.fused:
-        _check_attention_function(model, config)
+        _check_attention_function(model, config, split)
     entries = []
     for name, module in model.named_modules():
         if name in linears:
@@ -91,7 +92,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
                 _linear_entry(name, module, config, linears[name] in family.kv_linears, state.stage)
             )
         elif name in attentions:
-            entries.append(_attention_entry(name, module, config, state.fused))
+            entries.append(_attention_entry(name, module, config, state.fused, split))
         elif name in blocks and state.fused:
             entries.append(_block_entry(name, module))
         elif not any(True for _ in module.children()):
@@ -127,11 +128,13 @@ def _block_entry(name: str, module: nn.Module) -> Entry:
     return Entry(name, kind, FUSED, "norms, RoPE and SwiGLU write the codes that the linears read")
 
 
-def _attention_entry(name: str, module: nn.Module, config: QATConfig, fused: bool) -> Entry:
+def _attention_entry(
+    name: str, module: nn.Module, config: QATConfig, fused: bool, split: bool
+) -> Entry:
     kind = type(module).__name__
     if not config.kv.enabled:
         return Entry(name, kind, KEPT, f"K and V: kv_bits {config.kv_bits} is off")
-    if config.kv_mode == "paper":
+    if config.kv_mode == "paper" and split:
         return Entry(
             name,
             kind,
@@ -143,11 +146,13 @@ def _attention_entry(name: str, module: nn.Module, config: QATConfig, fused: boo
         raise ConfigError(
             f"{name}: {config.setting} asks for quantized K and V, but it has no quantizer"
         )
-    return Entry(name, kind, QUANTIZED, f"KV{config.kv_bits} after RoPE, per token and head")
+    when = "after RoPE, " if split else ""
+    each = "per token" if config.kv_mode == "paper" else "per token and head"
+    return Entry(name, kind, QUANTIZED, f"KV{config.kv_bits} {when}{each}")
 
 
-def _check_attention_function(model: nn.Module, config: QATConfig) -> None:
-    if not config.kv.enabled or config.kv_mode != "serving":
+def _check_attention_function(model: nn.Module, config: QATConfig, split: bool) -> None:
+    if not config.kv.enabled or (config.kv_mode == "paper" and split):
         return
     name = compat.attention_name(model)
     if name != ATTENTION_NAME:
@@ -164,6 +169,6 @@ def _reason(name: str, module: nn.Module, model: nn.Module) -> str:
         return "embeddings stay in full precision"
     if module is model.get_output_embeddings():
         return "the head stays in full precision"
-    if "norm" in name.rpartition(".")[2]:
+    if "norm" in type(module).__name__.lower():
         return "norms stay in full precision"
     return "not one of the linears that the method quantizes"

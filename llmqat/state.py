@@ -31,7 +31,7 @@ class State:
         """The `llmqat` entry of config.json."""
         # Only where it says something: versions without fused blocks read all others.
         fused = {"fused": True} if self.fused else {}
-        return {"spec": SPEC_VERSION, "stage": self.stage, **fused, **self.config.to_dict()}
+        return {"spec": SPEC_VERSION, "stage": self.stage, **fused, **self.config.to_record()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> State:

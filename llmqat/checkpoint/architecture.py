@@ -1,4 +1,4 @@
-"""config.json of a LLaMA checkpoint as checked numbers; nothing else of it reaches transformers."""
+"""config.json of a checkpoint as checked numbers; nothing else of it reaches transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from llmqat.checkpoint.validate import is_count, printable
 from llmqat.errors import CheckpointError
-from llmqat.models.families import FAMILIES, Family, supported
+from llmqat.models.families import ALWAYS, FAMILIES, NEVER, Family, supported
 
 MAX_VOCAB = 1 << 20
 MAX_POSITIONS = 1 << 20
@@ -17,6 +17,11 @@ MAX_WIDTH = 1 << 17
 MAX_LAYERS = 1024
 MAX_HEAD_DIM = 256
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+
+DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+"""What transformers takes where config.json has no max_position_embeddings."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+GPT2_ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu")
 
 FORBIDDEN_KEYS = ("auto_map", "model_file", "custom_pipelines", "trust_remote_code")
 """Keys that make loaders run code from the folder; they are refused, not ignored."""
@@ -40,7 +45,7 @@ ROPE_NUMBERS = (
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of one model, the family they belong to, and the checked fields for its transformers
-    config.
+    config. `positions` counts the learned ones where the family has them.
     """
 
     family: Family
@@ -51,11 +56,15 @@ class Architecture:
     kv_heads: int
     head_dim: int
     vocab: int
+    positions: int
     tied: bool
-    attention_bias: bool
-    mlp_bias: bool
     dtype: str
     fields: dict[str, Any]
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding's tensor."""
+        return f"{self.family.embedding}.weight"
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """(N, K) of a block's linear by its name within the block."""
@@ -68,11 +77,23 @@ class Architecture:
             "mlp.gate_proj": (self.intermediate, self.hidden),
             "mlp.up_proj": (self.intermediate, self.hidden),
             "mlp.down_proj": (self.hidden, self.intermediate),
+            "attn.c_attn": (q + 2 * kv, self.hidden),
+            "attn.c_proj": (self.hidden, q),
+            "mlp.c_fc": (self.intermediate, self.hidden),
+            "mlp.c_proj": (self.hidden, self.intermediate),
         }[name]
+
+    def weight_shape(self, name: str) -> tuple[int, int]:
+        """Shape of the float weight of a block's linear in a checkpoint: (N, K), or (K, N) for the
+        Conv1D of GPT-2.
+        """
+        n, k = self.linear_shape(name)
+        return (k, n) if self.family.transposed else (n, k)
 
     def has_bias(self, name: str) -> bool:
         """Whether a block's linear has a bias."""
-        return self.attention_bias if name in self.family.attention_bias else self.mlp_bias
+        switch = self.family.bias_switch(name)
+        return bool(self.fields[switch]) if switch not in (NEVER, ALWAYS) else switch == ALWAYS
 
 
 class _Reader:
@@ -95,6 +116,17 @@ class _Reader:
             raise self.fail(key, f"an integer in {low}..{high}")
         self.fields[key] = value
         return value
+
+    def switch(self, key: str, wanted: bool, why: str) -> None:
+        """A boolean of which only one value is supported."""
+        if self.boolean(key, wanted) is not wanted:
+            raise CheckpointError(f"{self.where}: {key} is {not wanted}; {why}")
+
+    def choice(self, key: str, accepted: tuple[str, ...]) -> None:
+        value = self.raw.get(key, accepted[0])
+        if not isinstance(value, str) or value not in accepted:
+            raise self.fail(key, " or ".join(repr(name) for name in accepted))
+        self.fields[key] = value
 
     def number(
         self, key: str, default: float, accept: Callable[[float], bool], wanted: str
@@ -139,14 +171,27 @@ def parse_architecture(raw: dict[str, Any], where: str) -> Architecture:
             f" {family.architecture}"
         )
     read = _Reader(raw, where)
+    if family.name == "gpt2":
+        return _read_gpt2(read, family)
+    return _read_llama_like(read, family)
+
+
+def _read_llama_like(read: _Reader, family: Family) -> Architecture:
+    """The families whose blocks are LLaMA's, but for biases, windows and norms of heads."""
+    name, raw, where = family.name, read.raw, read.where
     hidden = read.integer("hidden_size", 1, MAX_WIDTH)
     intermediate = read.integer("intermediate_size", 1, 1 << 20)
     layers = read.integer("num_hidden_layers", 1, MAX_LAYERS)
     heads = read.integer("num_attention_heads", 1, hidden)
-    kv_heads = read.integer("num_key_value_heads", 1, heads, default=heads)
-    head_dim = read.integer("head_dim", 2, MAX_HEAD_DIM, default=hidden // heads)
+    # Other families' classes have fixed numbers in this place where config.json says nothing.
+    absent = heads if name == "llama" or "num_key_value_heads" in raw else None
+    kv_heads = read.integer("num_key_value_heads", 1, heads, default=absent)
+    head_dim = read.integer(
+        "head_dim", 2, MAX_HEAD_DIM, default=128 if name == "qwen3" else hidden // heads
+    )
     vocab = read.integer("vocab_size", 1, MAX_VOCAB)
-    read.integer("max_position_embeddings", 1, MAX_POSITIONS, default=2048)
+    positions = DEFAULT_POSITIONS[name]
+    read.integer("max_position_embeddings", 1, MAX_POSITIONS, default=positions)
     if hidden % heads or heads % kv_heads or head_dim % 2:
         raise CheckpointError(
             f"{where}: hidden_size {hidden}, num_attention_heads {heads}, num_key_value_heads"
@@ -159,11 +204,12 @@ def parse_architecture(raw: dict[str, Any], where: str) -> Architecture:
     read.number("initializer_range", 0.02, lambda v: 0 <= v <= 1, "a number in 0..1")
     read.number("attention_dropout", 0.0, lambda v: 0 <= v < 1, "a number in 0..1")
     tied = read.boolean("tie_word_embeddings", False)
-    attention_bias, mlp_bias = (
-        read.boolean("attention_bias", False),
-        read.boolean("mlp_bias", False),
-    )
+    for switch, _ in family.bias:
+        if switch not in (NEVER, ALWAYS):
+            read.boolean(switch, False)
     read.boolean("use_cache", True)
+    if name != "llama":
+        _read_window(read, family, layers)
     _read_token_ids(read, vocab)
     _read_rope(read)
     return Architecture(
@@ -175,9 +221,66 @@ def parse_architecture(raw: dict[str, Any], where: str) -> Architecture:
         kv_heads,
         head_dim,
         vocab,
+        0,
         tied,
-        attention_bias,
-        mlp_bias,
+        _read_dtype(read),
+        read.fields,
+    )
+
+
+def _read_window(read: _Reader, family: Family, layers: int) -> None:
+    """Sliding windows: of all layers (Mistral), or of those that layer_types names (Qwen)."""
+    if read.raw.get("sliding_window", 4096) is None:
+        read.fields["sliding_window"] = None
+    else:
+        read.integer("sliding_window", 1, MAX_POSITIONS, default=4096)
+    if family.name == "mistral":
+        return
+    read.boolean("use_sliding_window", False)
+    read.integer("max_window_layers", 0, MAX_LAYERS, default=28)
+    kinds = read.raw.get("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
+        raise read.fail("layer_types", f"{layers} of {' and '.join(LAYER_TYPES)}")
+    read.fields["layer_types"] = list(kinds)
+
+
+def _read_gpt2(read: _Reader, family: Family) -> Architecture:
+    hidden = read.integer("n_embd", 1, MAX_WIDTH, default=768)
+    layers = read.integer("n_layer", 1, MAX_LAYERS, default=12)
+    heads = read.integer("n_head", 1, hidden, default=12)
+    positions = read.integer("n_positions", 1, MAX_POSITIONS, default=1024)
+    intermediate = read.integer("n_inner", 1, 1 << 20, default=4 * hidden)
+    vocab = read.integer("vocab_size", 1, MAX_VOCAB, default=50257)
+    if hidden % heads or hidden // heads > MAX_HEAD_DIM:
+        raise CheckpointError(
+            f"{read.where}: n_embd {hidden} and n_head {heads} do not fit; heads divide n_embd, and"
+            f" a head has at most {MAX_HEAD_DIM} numbers"
+        )
+    read.choice("activation_function", GPT2_ACTIVATIONS)
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        read.number(key, 0.1, lambda v: 0 <= v < 1, "a number in 0..1")
+    read.number("layer_norm_epsilon", 1e-5, lambda v: 0 < v < 1, "a number between 0 and 1")
+    read.number("initializer_range", 0.02, lambda v: 0 <= v <= 1, "a number in 0..1")
+    read.boolean("scale_attn_weights", True)
+    read.boolean("scale_attn_by_inverse_layer_idx", False)
+    read.boolean("reorder_and_upcast_attn", False)
+    read.switch("add_cross_attention", False, "only decoders without an encoder are supported")
+    tied = read.boolean("tie_word_embeddings", True)
+    read.boolean("use_cache", True)
+    _read_token_ids(read, vocab)
+    return Architecture(
+        family,
+        hidden,
+        intermediate,
+        layers,
+        heads,
+        heads,
+        hidden // heads,
+        vocab,
+        positions,
+        tied,
         _read_dtype(read),
         read.fields,
     )

@@ -17,6 +17,7 @@ from llmqat.checkpoint.architecture import Architecture
 from llmqat.checkpoint.validate import TensorInfo
 from llmqat.config import QATConfig
 from llmqat.errors import CheckpointError
+from llmqat.nn.linear import INPUT_SCALE
 from llmqat_kernels.spec.quantize import qmax
 
 CONFIG = "config.json"
@@ -26,7 +27,6 @@ SINGLE = "model.safetensors"
 MANIFEST = "llmqat_manifest.json"
 MANIFEST_VERSION = 1
 HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 FLOATS = ("F32", "F16", "BF16")
 TORCH_DTYPES = {
@@ -44,11 +44,14 @@ _CODES_PER_WORD = 8
 
 @dataclass(frozen=True)
 class TensorRule:
-    """The shape and the accepted types of one tensor of a checkpoint."""
+    """The shape and the accepted types of one tensor of a checkpoint. An `implied` one is what the
+    config says anyway: older writers stored it, it is never read.
+    """
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOATS
     optional: bool = False
+    implied: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,11 @@ def quantization_config(config: QATConfig) -> dict[str, Any]:
     }
 
 
+def is_learned_scale(name: str) -> bool:
+    """Whether the tensor of this name is a learned scale (spec 22), which is fp32 in any model."""
+    return name.endswith(f".{INPUT_SCALE}")
+
+
 def linear_shape(arch: Architecture, name: str, config: QATConfig) -> LinearShape:
     """The packed form of a block's linear; CheckpointError where the group size does not fit."""
     n, k = arch.linear_shape(name)
@@ -119,36 +127,60 @@ def linear_shape(arch: Architecture, name: str, config: QATConfig) -> LinearShap
     return LinearShape(n, k, config.w_bits, config.group_size)
 
 
-def expected_tensors(arch: Architecture, packed: QATConfig | None) -> dict[str, TensorRule]:
-    """Every tensor of a checkpoint: of a packed one, or (None) of one with plain float weights."""
-    width = (arch.hidden,)
-    rules = {
-        EMBEDDING: TensorRule((arch.vocab, arch.hidden)),
-        "model.norm.weight": TensorRule(width),
-    }
+def expected_tensors(
+    arch: Architecture, packed: QATConfig | None, prepared: QATConfig | None = None
+) -> dict[str, TensorRule]:
+    """Every tensor of a checkpoint: of a packed one, or (None) of one with float weights, with
+    the learned scales of a `prepared` one.
+    """
+    family = arch.family
+    rules = {arch.embedding: TensorRule((arch.vocab, arch.hidden)), **_norm(arch, family.norm)}
+    if family.positions is not None:
+        rules[f"{family.positions}.weight"] = TensorRule((arch.positions, arch.hidden))
     # Plain writers may repeat a tied head; a packed checkpoint of ours never does.
     if not arch.tied or packed is None:
         rules[HEAD] = TensorRule((arch.vocab, arch.hidden), optional=arch.tied)
     for index in range(arch.layers):
-        block = f"{arch.family.blocks}.{index}"
-        rules[f"{block}.input_layernorm.weight"] = TensorRule(width)
-        rules[f"{block}.post_attention_layernorm.weight"] = TensorRule(width)
-        if packed is None:  # LLaMA 1 and 2 conversions stored a table that the config implies
-            rules[f"{block}.self_attn.rotary_emb.inv_freq"] = TensorRule(
-                (arch.head_dim // 2,), optional=True
-            )
-        for name in arch.family.linears:
+        block = f"{family.blocks}.{index}"
+        for name in family.norms:
+            rules.update(_norm(arch, f"{block}.{name}"))
+        for name in family.head_norms:
+            rules[f"{block}.{name}.weight"] = TensorRule((arch.head_dim,))
+        if packed is None:
+            rules.update(_implied(arch, f"{block}.{family.attention}"))
+        for name in family.linears:
             prefix = f"{block}.{name}"
             if packed is None:
-                rules[f"{prefix}.weight"] = TensorRule(arch.linear_shape(name))
+                rules[f"{prefix}.weight"] = TensorRule(arch.weight_shape(name))
             else:
                 shape = linear_shape(arch, name, packed)
                 rules.update(
                     {f"{prefix}.{key}": rule for key, rule in _packed_rules(shape).items()}
                 )
+            if prepared is not None and prepared.a_quantizer == "lsq":
+                rules[f"{prefix}.{INPUT_SCALE}"] = TensorRule((1,), ("F32",))
             if arch.has_bias(name):
                 rules[f"{prefix}.bias"] = TensorRule(arch.linear_shape(name)[:1])
     return rules
+
+
+def _norm(arch: Architecture, name: str) -> dict[str, TensorRule]:
+    parts = ("weight", "bias") if arch.family.norm_bias else ("weight",)
+    return {f"{name}.{part}": TensorRule((arch.hidden,)) for part in parts}
+
+
+def _implied(arch: Architecture, attention: str) -> dict[str, TensorRule]:
+    """Tables that conversions of LLaMA 1 and 2, and those of GPT-2, stored in every block."""
+    if arch.family.positions is None:
+        shape = (arch.head_dim // 2,)
+        return {f"{attention}.rotary_emb.inv_freq": TensorRule(shape, optional=True, implied=True)}
+    mask = TensorRule(
+        (1, 1, arch.positions, arch.positions), (*FLOATS, "BOOL", "U8"), optional=True, implied=True
+    )
+    return {
+        f"{attention}.bias": mask,
+        f"{attention}.masked_bias": TensorRule((), optional=True, implied=True),
+    }
 
 
 def _packed_rules(shape: LinearShape) -> dict[str, TensorRule]:

@@ -1,4 +1,4 @@
-"""Reading a model folder, strictly: packed, prepared, or a plain LLaMA of transformers.
+"""Reading a model folder, strictly: packed, prepared, or a plain model of transformers.
 
 Order: config.json, manifest (sizes, then SHA-256), tensor headers against the exact expectation,
     and only then
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from llmqat.checkpoint.architecture import Architecture, parse_architecture
 from llmqat.checkpoint.format import (
     CONFIG,
-    EMBEDDING,
     FLOATS,
     GENERATION_CONFIG,
     HEAD,
@@ -34,6 +33,7 @@ from llmqat.checkpoint.format import (
     check_tensors,
     decode_linear,
     expected_tensors,
+    is_learned_scale,
     linear_shape,
     quantization_config,
 )
@@ -58,7 +58,7 @@ from llmqat.state import PACKED, PREPARED, State
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder: what it describes, and where each tensor is."""
+    """A checked folder: what it describes, where each tensor is, and its name there."""
 
     folder: Path
     arch: Architecture
@@ -66,6 +66,7 @@ class Checkpoint:
     rules: dict[str, TensorRule]
     tensors: dict[str, TensorInfo]
     files: dict[str, str]
+    stored: dict[str, str]
 
     @property
     def packed(self) -> QATConfig | None:
@@ -79,15 +80,15 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """Load a LLaMA: converted from a packed folder, prepared from a prepared one, plain from any
-    other.
+    """Load a model of a known family: converted from a packed folder, prepared from a prepared one,
+    plain from any other.
 
     Args:
         dtype: type of the float tensors that are not quantized; None keeps what is stored.
         device: where the model goes; everything is read and checked on the CPU.
 
     Returns:
-        A `LlamaForCausalLM` in eval mode.
+        The family's model in eval mode, e.g. a `LlamaForCausalLM`.
 
     Raises:
         CheckpointError: one line that names the file and what to do; nothing of the folder is
@@ -113,14 +114,29 @@ def inspect(directory: str | os.PathLike[str]) -> Checkpoint:
     state = _state(raw, where)
     packed = state is not None and state.stage == PACKED
     manifest = read_manifest(folder, required=packed)
-    rules = _with_context(
-        where, expected_tensors, arch, state.config if state is not None and packed else None
-    )
+    settings = None if state is None else state.config
+    described = (settings, None) if packed else (None, settings)
+    rules = _with_context(where, expected_tensors, arch, *described)
     files, tensors = _locate(folder, manifest)
     if packed:
         check_no_strangers(folder, set(files.values()))
+    stored = _stored_names(arch, tensors, rules)
+    tensors = {name: tensors[raw] for name, raw in stored.items()}
     check_tensors(tensors, rules, str(folder))
-    return Checkpoint(folder, arch, state, rules, tensors, files)
+    files = {name: files[raw] for name, raw in stored.items()}
+    return Checkpoint(folder, arch, state, rules, tensors, files, stored)
+
+
+def _stored_names(
+    arch: Architecture, tensors: Mapping[str, TensorInfo], rules: Mapping[str, TensorRule]
+) -> dict[str, str]:
+    """Our name of each tensor: its own, or with the prefix that checkpoints of a model without its
+    head leave out (those of GPT-2 on the hub).
+    """
+    prefix = arch.family.base_prefix
+    if prefix is None or any(name.startswith(prefix) for name in tensors):
+        return {name: name for name in tensors}
+    return {prefix + name if prefix + name in rules else name: name for name in tensors}
 
 
 def _folder(directory: str | os.PathLike[str]) -> Path:
@@ -256,9 +272,9 @@ def _locate_shards(
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
     arch = checkpoint.arch
-    stored = TORCH_DTYPES[checkpoint.tensors[EMBEDDING].dtype]
+    stored = TORCH_DTYPES[checkpoint.tensors[arch.embedding].dtype]
     try:
-        model = compat.build_llama(arch.fields, dtype or stored)
+        model = compat.build_model(arch.family.name, arch.fields, dtype or stored)
     except (
         Exception
     ) as error:  # transformers checks the same numbers in its own way, with its own error classes
@@ -280,8 +296,9 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     tensors = dict(_read_model(model, checkpoint, dtype))
+    learned = {name: tensors.pop(name) for name in list(tensors) if is_learned_scale(name)}
     if checkpoint.arch.tied:
-        tensors[HEAD] = tensors[EMBEDDING]
+        tensors[HEAD] = tensors[checkpoint.arch.embedding]
     model.load_state_dict(tensors, strict=True, assign=True)
     if checkpoint.arch.tied:
         compat.tie_head(model)
@@ -294,6 +311,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -
     if state is not None and state.stage == PREPARED:
         where = str(checkpoint.folder / CONFIG)
         _with_context(where, partial(prepare, fused=state.fused), model, state.config)
+        # Only a prepared linear has a place for its learned scale.
+        model.load_state_dict(learned, strict=False)
 
 
 def _read_model(
@@ -312,7 +331,7 @@ def _read_model(
                 ) from error
 
         def read(name: str) -> Tensor:
-            return readers[checkpoint.files[name]].get_tensor(name)
+            return readers[checkpoint.files[name]].get_tensor(checkpoint.stored[name])
 
         taken = {HEAD} if checkpoint.arch.tied else set()
         packed = checkpoint.packed
@@ -331,9 +350,10 @@ def _read_model(
                 yield f"{name}.weight_codes", codes
                 yield f"{name}.weight_scale", scale
         for name in checkpoint.tensors:
-            if name not in taken and not name.endswith("rotary_emb.inv_freq"):
+            if name not in taken and not checkpoint.rules[name].implied:
                 tensor = read(name)
-                yield name, tensor if dtype is None else tensor.to(dtype)
+                kept = dtype is None or is_learned_scale(name)
+                yield name, tensor if kept else tensor.to(dtype)
 
 
 def _generation_config(model: nn.Module, folder: Path) -> None:

@@ -37,6 +37,7 @@ from llmqat.checkpoint.format import (
     TORCH_DTYPES,
     encode_linear,
     expected_tensors,
+    is_learned_scale,
     linear_shape,
     quantization_config,
 )
@@ -142,10 +143,11 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """All tensors of the checkpoint, checked against what the loader will expect."""
     state = state_of(model)
-    packed = state.config if state is not None and state.stage == PACKED else None
+    settings = None if state is None else state.config
+    packed = settings if state is not None and state.stage == PACKED else None
     try:
         arch = parse_architecture(config, "config")
-        rules = expected_tensors(arch, packed)
+        rules = expected_tensors(arch, packed, None if packed is not None else settings)
     except CheckpointError as error:
         raise ConfigError(f"model: cannot be saved, {error}") from error
     tensors = {}
@@ -154,7 +156,7 @@ def _tensors(
             name == HEAD and arch.tied
         ):
             continue
-        if dtype is not None and tensor.is_floating_point():
+        if dtype is not None and tensor.is_floating_point() and not is_learned_scale(name):
             tensor = tensor.to(dtype)
         tensors[name] = tensor.detach().cpu().contiguous()
     if packed is not None:

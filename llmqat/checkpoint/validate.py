@@ -48,7 +48,7 @@ PICKLE_SUFFIXES = (
     ".msgpack",
 )
 
-ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}
+ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of the tensor types that any of our checkpoints may hold."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmqat.checkpoint import save_pretrained, verify_export
 from llmqat.checkpoint.load import inspect
+from llmqat.checkpoint.released import import_released
 from llmqat.config import QATConfig
 from llmqat.convert import convert
 from llmqat.errors import ConfigError
@@ -43,6 +44,13 @@ class ExportArguments:
     kv_mode: str = field(default="paper", metadata={"help": "With --bits: paper or serving."})
     group_size: int = field(
         default=-1, metadata={"help": "With --bits: columns that share a scale; -1 a row."}
+    )
+    released: bool = field(
+        default=False,
+        metadata={
+            "help": "With --bits: the model is a checkpoint of the paper's released code; pack the"
+            " codes that code computed."
+        },
     )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda: where the codes are made."})
     verify: bool = field(
@@ -82,7 +90,15 @@ def run(arguments: ExportArguments) -> None:
     linears = [
         (name, module.weight.numel()) for name, _, module in iter_linears(model, find_family(model))
     ]
-    convert(model, requested)
+    imported = None
+    if a.released:
+        if requested is None:
+            raise ConfigError(
+                "released: needs --bits, the W-A-KV setting that the model was trained with"
+            )
+        imported = import_released(model, requested)
+    else:
+        convert(model, requested)
     if dtype is not None:
         # After convert: the codes come from the weights as they were trained. Parameters only: a
         # model-wide cast would round the rotary frequencies, which no checkpoint holds.
@@ -94,6 +110,8 @@ def run(arguments: ExportArguments) -> None:
         "setting": state_of(model).config.setting,
         **_sizes(a.output, linears),
     }
+    if imported is not None:
+        result["released"] = imported.to_dict()
     if a.verify:
         result["verified"] = verify_export(model, a.output).to_dict()
     print(json.dumps(result) if a.json else describe(result))
@@ -116,11 +134,18 @@ def _sizes(folder: str, linears: list[tuple[str, int]]) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The result as one or two lines."""
+    """The result as one to three lines."""
     text = (
         f"{result['output']}: {result['setting']}, {result['total_bytes'] / MIB:.1f} MiB; linears"
         f" {result['linear_bytes'] / MIB:.1f} MiB, {result['linear_ratio']:.3f}x of bf16"
     )
+    released = result.get("released")
+    if released is not None:
+        text += (
+            f"\nreleased code: {released['clamped_codes']} of {released['weights']} codes were"
+            f" beyond the grid and are clamped, in {released['clamped_rows']} of"
+            f" {released['rows']} rows"
+        )
     checked = result.get("verified")
     if checked is None:
         return text

@@ -4,7 +4,6 @@ and shardable.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from llmqat import __version__, io
+from llmqat import __version__
 from llmqat.data.generate import Recipe, fill, run_config, usable_first_tokens
 from llmqat.data.store import RecordWriter, parse_shard
+from llmqat.data.teacher import teacher_digest
 from llmqat.errors import ConfigError
 from llmqat.runtime.engine import Engine
 from llmqat.runtime.loading import (
@@ -172,17 +172,6 @@ def _records(a: GenerateDataArguments) -> int:
     if count is None or count < 1:
         raise ConfigError(f"{name}: {count} must be at least 1")
     return count if a.num_tokens is None else -(-count // a.max_len)
-
-
-def teacher_digest(directory: str) -> str:
-    """SHA-256 over the teacher's config and weights: records of another teacher must not be mixed
-    in.
-    """
-    total = hashlib.sha256()
-    folder = Path(directory)
-    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        total.update(f"{path.name} {io.sha256_file(path)}\n".encode())
-    return total.hexdigest()
 
 
 def _backend(engine: Engine) -> str:

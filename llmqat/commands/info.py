@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import llmqat_kernels
+from llmqat import overview
 from llmqat_kernels import native
 from llmqat_kernels.backends import triton
 
@@ -31,6 +32,10 @@ class InfoArguments:
     """Options of ``llmqat info``."""
 
     json: bool = field(default=False, metadata={"help": "Print one JSON object instead of tables."})
+    families: bool = field(
+        default=False,
+        metadata={"help": "Print instead which model families are supported, and released sizes."},
+    )
 
 
 ARGUMENTS = (InfoArguments,)
@@ -92,5 +97,8 @@ def render(info: dict[str, Any]) -> str:
 
 def run(arguments: InfoArguments) -> None:
     """Print the report."""
+    if arguments.families:
+        print(json.dumps(overview.to_dict()) if arguments.json else overview.render())
+        return
     info = collect()
     print(json.dumps(info, indent=2) if arguments.json else render(info))

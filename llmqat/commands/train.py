@@ -7,6 +7,7 @@ import sys
 from transformers.utils import logging as transformers_logging
 
 from llmqat.errors import ConfigError
+from llmqat.train import sharding
 from llmqat.train.arguments import QuantArguments, TrainArguments
 from llmqat.train.run import train
 
@@ -21,6 +22,8 @@ def run(arguments: TrainArguments, quantization: QuantArguments) -> None:
     # The library draws a bar for every file it writes; the bar of the steps is the one to watch.
     transformers_logging.disable_progress_bar()
     record = train(arguments, config)
+    if not sharding.is_first():
+        return
     loss = record["loss"]
     print(
         f"trained {config.setting} ({config.kv_mode}): {record['steps']} steps in"

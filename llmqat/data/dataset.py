@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +24,22 @@ from llmqat import io
 from llmqat.data.reader import open_dataset
 from llmqat.errors import ConfigError, DataError
 
-__all__ = ["PackedDataset", "read_documents"]
+__all__ = ["PackedDataset", "TokenTargets", "read_documents", "read_texts"]
 
 _TEXTS_PER_CALL = 1000  # a fast tokenizer works on a batch with all its threads
 
 StrPath = str | os.PathLike[str]
+
+
+class TokenTargets(Protocol):
+    """Arrays that belong to the tokens of the documents, such as saved teacher logits."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any of them."""
+
+    def rows(self, document: int) -> Mapping[str, np.ndarray]:
+        """Arrays by name, a row for each token of the document at this position of the input."""
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -45,6 +56,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         position_ids: also return "position_ids", int64 [seq_len], which start at 0 in each document
             and block (what attention implementations read document bounds from).
         vocab_size: refuse ids outside 0..vocab_size-1.
+        targets: put the rows of every token beside it, under their names.
 
     Equal arguments give equal blocks, always.
 
@@ -63,7 +75,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         drop_tail: bool = True,
         position_ids: bool = False,
         vocab_size: int | None = None,
+        targets: TokenTargets | None = None,
     ) -> None:
+        if targets is not None and (bos_id, eos_id) != (None, None):
+            raise ConfigError("targets: have no rows for added tokens; leave bos_id and eos_id out")
         if seq_len < 1:
             raise ConfigError(f"seq_len {seq_len}: must be at least 1")
         for name, value in (("bos_id", bos_id), ("eos_id", eos_id)):
@@ -71,17 +86,20 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 raise ConfigError(
                     f"{name} {value}: must be a token id below vocab_size {vocab_size}"
                 )
-        rows = []
+        rows, numbers = [], []
         for index, document in enumerate(documents):
             ids = _token_row(document, f"document {index}", vocab_size)
             if ids.size:
                 rows.append(_framed(ids, bos_id, eos_id))
+                numbers.append(index)
         if seed is not None:
             order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))
-            rows = [rows[i] for i in order]
+            rows, numbers = [rows[i] for i in order], [numbers[i] for i in order]
         self.seq_len = seq_len
         self.documents = len(rows)
         self._with_positions = position_ids
+        self._targets = targets
+        self._numbers = numbers  # of the documents in the input, in the stream's order
         self._stream = np.concatenate(rows) if rows else np.zeros(0, np.int32)
         self._starts = np.cumsum([0] + [row.size for row in rows[:-1]], dtype=np.int64)
         blocks, tail = divmod(self._stream.size, seq_len)
@@ -123,6 +141,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         total = hashlib.sha256(head)
         total.update(self._stream[: self.tokens].astype("<i4").data)
         total.update(self._starts.astype("<i8").data)
+        if self._targets is not None:
+            total.update(self._targets.fingerprint.encode())
         return total.hexdigest()
 
     def __len__(self) -> int:
@@ -138,7 +158,30 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             at = np.arange(first, first + ids.size, dtype=np.int64)
             start = self._starts[np.searchsorted(self._starts, at, side="right") - 1]
             item["position_ids"] = torch.from_numpy(at - np.maximum(start, first))
+        if self._targets is not None:
+            item.update(self._target_rows(self._targets, first, first + ids.size))
         return item
+
+    def _target_rows(self, targets: TokenTargets, first: int, stop: int) -> dict[str, Tensor]:
+        """The targets of the stream's tokens first..stop-1; integers as int64."""
+        pieces: dict[str, list[np.ndarray]] = {}
+        at = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while at < self.documents and self._starts[at] < stop:
+            start = int(self._starts[at])
+            end = self._starts[at + 1] if at + 1 < self.documents else self._stream.size
+            for name, rows in targets.rows(self._numbers[at]).items():
+                if len(rows) != end - start:
+                    raise DataError(
+                        f"document {self._numbers[at]}: {end - start} tokens but {len(rows)} rows"
+                        f" of {name}"
+                    )
+                pieces.setdefault(name, []).append(rows[max(first - start, 0) : stop - start])
+            at += 1
+        joined = {name: np.concatenate(rows) for name, rows in pieces.items()}
+        return {
+            name: torch.from_numpy(rows.astype(np.int64) if rows.dtype.kind == "i" else rows)
+            for name, rows in joined.items()
+        }
 
 
 def _framed(ids: np.ndarray, bos_id: int | None, eos_id: int | None) -> np.ndarray:
@@ -194,6 +237,23 @@ def read_documents(
                 yield _token_row(record.input_ids, where, vocab_size)
         else:
             yield from _file_documents(each, tokenizer, vocab_size)
+
+
+def read_texts(path: StrPath) -> Iterator[str]:
+    """Yield each text document of a file: a `.jsonl` line or `.parquet` row with a "text", or the
+    whole of any other file as UTF-8. Raises `DataError` naming file and row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no text file at {path}")
+    reader = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix, _read_txt)
+    try:
+        for where, value in reader(path):
+            if not isinstance(value, str):
+                raise DataError(f"{where} holds token ids, not text")
+            yield value
+    except OSError as error:
+        raise io.error_at(error, path, "cannot read") from error
 
 
 def _file_documents(path: Path, tokenizer: Any, vocab_size: int | None) -> Iterator[np.ndarray]:

@@ -88,6 +88,7 @@ class Manifest:
     records_per_part: int
     shard: int = 0
     shards: int = 1
+    format: str = FORMAT
     versions: list[dict[str, Any]] = field(default_factory=list)
     parts: dict[int, PartEntry] = field(default_factory=dict)  # by block
 
@@ -138,7 +139,7 @@ class Manifest:
         """The JSON object; a function of the settings and the parts (no time, no host)."""
         parts = [self.parts[block] for block in sorted(self.parts)]
         return {
-            "format": FORMAT,
+            "format": self.format,
             "format_version": FORMAT_VERSION,
             "config": self.config,
             "first_record": self.first_record,
@@ -156,8 +157,10 @@ class Manifest:
         io.write_json(folder / self.name, self.to_dict())
 
     @classmethod
-    def load(cls, path: Path) -> Manifest:
-        """Read and check one manifest; `DataError` names the file and the field that is wrong."""
+    def load(cls, path: Path, format: str = FORMAT) -> Manifest:
+        """Read and check one manifest of `format`; `DataError` names the file and the field that
+        is wrong.
+        """
         try:
             raw = json.loads(path.read_bytes())
         except OSError as error:
@@ -165,7 +168,7 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is truncated or altered: {error}") from error
         try:
-            return cls._parse(raw, path.name)
+            return cls._parse(raw, path.name, format)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise DataError(
                 f"{path} is truncated or altered: field {error} is missing or wrong"
@@ -174,9 +177,9 @@ class Manifest:
             raise DataError(f"{path}: {error}") from error
 
     @classmethod
-    def _parse(cls, raw: Any, name: str) -> Manifest:
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise DataError("is not a manifest of generated records")
+    def _parse(cls, raw: Any, name: str, format: str) -> Manifest:
+        if not isinstance(raw, dict) or raw.get("format") != format:
+            raise DataError(f"is not a manifest of {format}")
         if raw["format_version"] != FORMAT_VERSION:
             raise DataError(
                 f"format_version {raw['format_version']!r} is unknown; "
@@ -192,6 +195,7 @@ class Manifest:
             records_per_part=_integer(raw, "records_per_part", 1),
             shard=index,
             shards=count,
+            format=format,
             versions=raw["versions"],
         )
         if index >= count or name != self.name:

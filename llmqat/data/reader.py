@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from llmqat import io
-from llmqat.data.manifest import Manifest, PartEntry, manifest_files, part_range
+from llmqat.data.manifest import FORMAT, Manifest, PartEntry, manifest_files, part_range
 from llmqat.data.records import Record, decode_part
 from llmqat.errors import DataError
 
-__all__ = ["RecordDataset", "open_dataset"]
+__all__ = ["RecordDataset", "open_dataset", "open_parts"]
 
 
 class RecordDataset:
     """Checked read access to a record folder; `open_dataset` makes it.
 
     Iterating yields every `Record` in id order, one part in memory at a time; `len` is the number
-    of records, `tokens` of their tokens, `config` the configuration that made them.
+    of records, `tokens` of their tokens, `config` the configuration that made them. Record ids
+    begin at `first_record`; a part holds `records_per_part`.
     """
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], parts: list[PartEntry], verify: bool
+        self, folder: Path, manifest: Manifest, parts: list[PartEntry], verify: bool
     ) -> None:
         self.folder = folder
-        self.config = config
+        self.config: dict[str, Any] = manifest.config
+        self.first_record = manifest.first_record
+        self.records_per_part = manifest.records_per_part
         self.parts = parts
         self._verify = verify
 
@@ -38,6 +41,12 @@ class RecordDataset:
     def tokens(self) -> int:
         """Total number of tokens."""
         return sum(part.tokens for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of all parts: which records these are, without reading any."""
+        digests = "\n".join(part.sha256 for part in self.parts)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     def read_part(self, part: PartEntry) -> list[Record]:
         """The records of one part; `DataError` naming the file that differs from the manifest."""
@@ -73,12 +82,19 @@ def open_dataset(
     `verify_sha256` is off), its columns, its ids, its own digest. Raises `DataError` naming the
     file or the first missing record.
     """
-    folder = Path(folder)
+    head, parts = open_parts(Path(folder), allow_missing)
+    return RecordDataset(Path(folder), head, parts, verify_sha256)
+
+
+def open_parts(
+    folder: Path, allow_missing: bool, format: str = FORMAT
+) -> tuple[Manifest, list[PartEntry]]:
+    """The first manifest of a folder of `format` and every part, checked as `open_dataset` says."""
     if not folder.is_dir():
         raise DataError(f"data folder {folder} does not exist")
-    manifests = [Manifest.load(path) for path in manifest_files(folder)]
+    manifests = [Manifest.load(path, format) for path in manifest_files(folder)]
     if not manifests:
-        raise DataError(f"{folder} has no manifest.json: it is not a folder of generated records")
+        raise DataError(f"{folder} has no manifest.json: it is not a folder of {format}")
     head = manifests[0]
     for other in manifests[1:]:
         head.same_run(other, str(folder / other.name), shard=False)
@@ -105,7 +121,7 @@ def open_dataset(
         (part for manifest in manifests for part in manifest.parts.values()), key=lambda p: p.first
     )
     _check_files(folder, parts, allow_missing)
-    return RecordDataset(folder, head.config, parts, verify_sha256)
+    return head, parts
 
 
 def _check_files(folder: Path, parts: list[PartEntry], allow_extra: bool) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,16 @@ import pyarrow.parquet as pq
 
 from llmqat.errors import DataError
 
-__all__ = ["Record", "decode_part", "decode_record", "encode_part", "encode_record"]
+__all__ = [
+    "TOKENS",
+    "Record",
+    "RecordForm",
+    "Stored",
+    "decode_part",
+    "decode_record",
+    "encode_part",
+    "encode_record",
+]
 
 _INT32_MAX = 2**31 - 1
 _HEAD = struct.Struct(
@@ -89,6 +98,11 @@ class Record:
     def length(self) -> int:
         """Number of tokens."""
         return int(self.input_ids.size)
+
+    @property
+    def top_token(self) -> int:
+        """The largest token id, -1 for none."""
+        return int(self.input_ids.max()) if self.length else -1
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Record) and encode_record(self) == encode_record(other)
@@ -210,3 +224,36 @@ def decode_part(data: bytes, name: str) -> list[Record]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"part {name} is truncated or altered: {reason}") from error
     return records
+
+
+class Stored(Protocol):
+    """What the store needs of a record of any form."""
+
+    @property
+    def record_id(self) -> int:
+        """Which record it is, or belongs to."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that it is about."""
+
+    @property
+    def top_token(self) -> int:
+        """The largest token id in it, -1 for none."""
+
+
+@dataclass(frozen=True)
+class RecordForm:
+    """One kind of stored record: its name in manifests, and its two byte forms, which must be
+    functions of the records alone.
+    """
+
+    format: str
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes], Stored]
+    encode_part: Callable[[Sequence[Any]], bytes]
+    decode_part: Callable[[bytes, str], Sequence[Stored]]
+
+
+TOKENS = RecordForm("llmqat-records", encode_record, decode_record, encode_part, decode_part)
+"""Generated records."""

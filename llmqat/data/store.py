@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +29,7 @@ from llmqat.data.manifest import (
     part_range,
     plain_json,
 )
-from llmqat.data.records import Record, decode_part, decode_record, encode_part, encode_record
+from llmqat.data.records import TOKENS, RecordForm, Stored
 from llmqat.errors import ConfigError, DataError
 
 __all__ = ["RecordWriter", "parse_shard"]
@@ -53,7 +53,7 @@ class RecordWriter:
     refused, naming the field. Its key "versions" (a dict) is recorded only; its key "vocab_size",
     if there, bounds the token ids. `shard` is (i, n) or "i/n"; shards write into one folder or into
     several that are merged by copying. `records_per_part` trades file count against the size of one
-    part.
+    part. `form` is the kind of record.
 
     Opening repairs what a kill left behind: temporary files are removed, a torn journal tail is
     cut, a part that does not verify moves to `quarantine/` and its records become missing.
@@ -72,6 +72,7 @@ class RecordWriter:
         records: int | range,
         shard: tuple[int, int] | str = (0, 1),
         records_per_part: int = 128,
+        form: RecordForm = TOKENS,
     ) -> None:
         ids = range(records) if isinstance(records, int) else records
         if ids.step != 1 or ids.start < 0 or ids.stop < ids.start:
@@ -92,10 +93,11 @@ class RecordWriter:
         self.folder = Path(folder)
         self.messages: list[str] = []
         self._vocab_size: int | None = vocab
+        self._form = form
         self._manifest = Manifest(
-            config, ids.start, len(ids), records_per_part, index, count, [versions]
+            config, ids.start, len(ids), records_per_part, index, count, form.format, [versions]
         )
-        self._pending: dict[int, dict[int, Record]] = {}  # block -> id -> record
+        self._pending: dict[int, dict[int, Stored]] = {}  # block -> id -> record
         self._live_bytes = 0
         self._journal: Journal | None = None
         self._failed = False
@@ -147,7 +149,7 @@ class RecordWriter:
 
     # Writing
 
-    def write(self, records: Record | Iterable[Record]) -> None:
+    def write(self, records: Stored | Iterable[Stored]) -> None:
         """Store one record or a batch, in any order of ids; on return they survive a power cut.
 
         A batch costs one fsync, so hand over what finished together. Raises `DataError` before
@@ -155,7 +157,7 @@ class RecordWriter:
         the vocabulary; `OSError` when the disk refuses: then open the folder again, which continues
         from what is safe.
         """
-        batch = [records] if isinstance(records, Record) else list(records)
+        batch = list(records) if isinstance(records, Iterable) else [records]
         if self._failed or not self._lock.held:
             why = "an earlier write failed" if self._failed else "it is closed"
             raise DataError(
@@ -167,7 +169,7 @@ class RecordWriter:
         if not batch:
             return
         self._failed = True  # until all steps are through: half a step must not be built upon
-        payloads = [encode_record(record) for record in batch]
+        payloads = [self._form.encode(record) for record in batch]
         if self._journal is None:
             self._journal = Journal(self._journal_path)
         self._journal.append(payloads)
@@ -175,7 +177,7 @@ class RecordWriter:
         self._finish_full_blocks()
         self._failed = False
 
-    def _check(self, record: Record, seen: set[int]) -> None:
+    def _check(self, record: Stored, seen: set[int]) -> None:
         rid = record.record_id
         ids = self._manifest.all_ids
         if rid not in ids:
@@ -184,14 +186,12 @@ class RecordWriter:
         if rid in seen or block in self._manifest.parts or rid in self._pending.get(block, ()):
             raise DataError(f"record_id {rid}: it is stored already; write only missing() ids")
         seen.add(rid)
-        if self._vocab_size is not None and record.length:
-            top = int(record.input_ids.max())
-            if top >= self._vocab_size:
-                raise DataError(
-                    f"record {rid}: token {top} is outside vocab_size {self._vocab_size}"
-                )
+        if self._vocab_size is not None and record.top_token >= self._vocab_size:
+            raise DataError(
+                f"record {rid}: token {record.top_token} is outside vocab_size {self._vocab_size}"
+            )
 
-    def _keep(self, records: Iterable[Record], payloads: Iterable[bytes]) -> None:
+    def _keep(self, records: Iterable[Stored], payloads: Iterable[bytes]) -> None:
         for record, payload in zip(records, payloads, strict=True):
             block = self._manifest.block_of(record.record_id)
             self._pending.setdefault(block, {})[record.record_id] = record
@@ -208,18 +208,18 @@ class RecordWriter:
             dead = self._journal.size - self._live_bytes
             if dead > max(self._live_bytes, _COMPACT_BYTES):
                 self._journal.replace(
-                    encode_record(r) for block in self._pending.values() for r in block.values()
+                    self._form.encode(r) for block in self._pending.values() for r in block.values()
                 )
 
     def _finish(self, block: int, ids: range) -> None:
         records = [self._pending[block][record_id] for record_id in ids]
-        data = encode_part(records)
+        data = self._form.encode_part(records)
         entry = _entry(ids, records, data)
         io.write_bytes(self._parts / entry.name, data)
         self._manifest.parts[block] = entry
         self._manifest.save(self.folder)
         del self._pending[block]
-        self._live_bytes -= sum(len(encode_record(record)) for record in records)
+        self._live_bytes -= sum(len(self._form.encode(record)) for record in records)
 
     def _drop_journal(self) -> None:
         if self._journal is not None:
@@ -236,7 +236,7 @@ class RecordWriter:
         own = self.folder / manifest.name
         before = None
         for path in manifest_files(self.folder):
-            found = Manifest.load(path)
+            found = Manifest.load(path, self._form.format)
             manifest.same_run(found, str(path), shard=path == own)
             if path == own:
                 before = found.to_dict()
@@ -277,7 +277,7 @@ class RecordWriter:
                 if name != part_name(ids[0], ids[-1]):
                     raise DataError(f"part {name} is not one of this run's parts")
                 data = (self._parts / name).read_bytes()
-                entry = check_part(data, name, ids, listed.get(block))
+                entry = check_part(data, name, ids, listed.get(block), self._form)
             except OSError as error:
                 raise io.error_at(error, self._parts / name, "cannot read") from error
             except DataError as error:
@@ -296,7 +296,7 @@ class RecordWriter:
                 f"{self._journal_path.name}: cut a torn tail of {self._journal.dropped_bytes} bytes"
             )
         for payload in self._journal.payloads:
-            record = decode_record(payload)
+            record = self._form.decode(payload)
             block = self._manifest.block_of(record.record_id)
             if record.record_id not in self._manifest.all_ids:
                 raise DataError(
@@ -345,18 +345,20 @@ class RecordWriter:
         self.close()
 
 
-def _entry(ids: range, records: list[Record], data: bytes) -> PartEntry:
+def _entry(ids: range, records: Sequence[Stored], data: bytes) -> PartEntry:
     tokens = sum(record.length for record in records)
     return PartEntry(ids[0], ids[-1], tokens, len(data), hashlib.sha256(data).hexdigest())
 
 
-def check_part(data: bytes, name: str, ids: range, entry: PartEntry | None) -> PartEntry:
+def check_part(
+    data: bytes, name: str, ids: range, entry: PartEntry | None, form: RecordForm
+) -> PartEntry:
     """Verify the bytes of one part against its manifest entry, or without one against itself."""
     if entry is not None:
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise DataError(f"part {name} does not match the size and SHA-256 in the manifest")
         return entry
-    records = decode_part(data, name)
+    records = form.decode_part(data, name)
     if [record.record_id for record in records] != list(ids):
         raise DataError(f"part {name} does not hold the records {ids[0]}..{ids[-1]}")
     return _entry(ids, records, data)

@@ -24,7 +24,6 @@ from xml.etree import ElementTree
 from llmqat.demo.wikitext import excerpt
 from llmqat.errors import CheckpointError, DataError
 from llmqat.io import make_dir, sha256_file, write_text
-from llmqat.models.gguf_import import convert_gguf
 
 ARTICLE_CHARACTERS = 3000
 """Prose kept of each article: many topics rather than much of one."""
@@ -110,6 +109,8 @@ def smollm2(cache_dir: str | os.PathLike[str]) -> Path:
     directory = Path(cache_dir) / _MODEL_FOLDER
     if directory.is_dir():
         return directory
+    from llmqat.models.gguf_import import convert_gguf  # torch: only where it is needed
+
     source = locate(SMOLLM2, CheckpointError)
     try:
         return convert_gguf(source, directory)
@@ -117,7 +118,7 @@ def smollm2(cache_dir: str | os.PathLike[str]) -> Path:
         return directory  # another process finished first; folders appear complete or not at all
 
 
-def _articles(path: Path) -> Iterator[str]:
+def read_articles(path: Path) -> Iterator[str]:
     """The markup of every encyclopedia article (namespace 0) that is not a redirection."""
     with bz2.open(path) as stream:
         for _, element in ElementTree.iterparse(stream):
@@ -148,7 +149,7 @@ def wikipedia_text(cache_dir: str | os.PathLike[str]) -> Path:
     if target.is_file():
         return target
     source = locate(WIKIPEDIA)
-    texts = (excerpt(markup, ARTICLE_CHARACTERS) for markup in _articles(source))
+    texts = (excerpt(markup, ARTICLE_CHARACTERS) for markup in read_articles(source))
     kept = [text for text in texts if len(text) >= MIN_ARTICLE_CHARACTERS]
     make_dir(target.parent)
     write_text(target, "\n\n".join(kept) + "\n")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmqat.commands.result import last_json
 from llmqat.errors import ConfigError
 from llmqat.io import make_dir, write_json
 
@@ -132,20 +133,9 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"demo stage {stage.name} failed with status {process.returncode}; rerun: {stage.shown}"
         )
-    result = {"command": stage.shown, "seconds": seconds, "output": _last_json(process.stdout)}
+    result = {"command": stage.shown, "seconds": seconds, "output": last_json(process.stdout)}
     write_json(path, result)
     return result
-
-
-def _last_json(text: str) -> Any:
-    """The last JSON object printed, or None for a stage that prints prose."""
-    for line in reversed(text.strip().splitlines()):
-        if line.startswith("{"):
-            try:
-                return json.loads(line)
-            except json.JSONDecodeError:
-                continue
-    return None
 
 
 def run_demo(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from llmqat.config import OFF_BITS, QATConfig
 from llmqat.errors import ConfigError
+from llmqat.models.families import FAMILIES
 from llmqat_kernels.errors import InvalidArgument
 
 GIB = 1 << 30
@@ -30,7 +31,12 @@ SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense LLaMA-family model that decide its cost."""
+    """The sizes of a dense model that decide its cost.
+
+    `gated`: whether the MLP has three linears (gate, up, down) or two. `positions`: learned ones, 0
+    with RoPE. `norm_parts`: tensors per norm, 2 with a bias. `head_norms`: whether each head of Q
+    and K has a norm.
+    """
 
     layers: int
     hidden: int
@@ -40,10 +46,15 @@ class ModelShape:
     head_dim: int
     vocab: int
     tied: bool
+    gated: bool = True
+    positions: int = 0
+    norm_parts: int = 1
+    head_norms: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
-        """The sizes in a transformers configuration with LLaMA's field names.
+        """The sizes in a transformers configuration, by LLaMA's field names (GPT-2's answers to
+        them too).
 
         Raises:
             ConfigError: a size is missing or not positive, or the model is a mixture of experts.
@@ -62,6 +73,21 @@ class ModelShape:
             return value
 
         hidden, heads = size("hidden_size"), size("num_attention_heads")
+        family = FAMILIES.get(getattr(config, "model_type", ""), FAMILIES["llama"])
+        if family.positions is not None:
+            return cls(
+                layers=size("num_hidden_layers"),
+                hidden=hidden,
+                intermediate=size("n_inner", 4 * hidden),
+                heads=heads,
+                kv_heads=heads,
+                head_dim=hidden // heads,
+                vocab=size("vocab_size"),
+                tied=bool(getattr(config, "tie_word_embeddings", True)),
+                gated=False,
+                positions=size("max_position_embeddings"),
+                norm_parts=2,
+            )
         return cls(
             layers=size("num_hidden_layers"),
             hidden=hidden,
@@ -71,17 +97,21 @@ class ModelShape:
             head_dim=size("head_dim", hidden // heads),
             vocab=size("vocab_size"),
             tied=bool(getattr(config, "tie_word_embeddings", False)),
+            head_norms=bool(family.head_norms),
         )
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """[N, K] of the seven linears of one decoder layer."""
+        """[N, K] of the linears of one decoder layer, by LLaMA's names: seven, or six where the MLP
+        is not gated (GPT-2 holds its q, k and v in one).
+        """
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        gate = {"gate_proj": (self.intermediate, self.hidden)} if self.gated else {}
         return {
             "q_proj": (q, self.hidden),
             "k_proj": (kv, self.hidden),
             "v_proj": (kv, self.hidden),
             "o_proj": (self.hidden, q),
-            "gate_proj": (self.intermediate, self.hidden),
+            **gate,
             "up_proj": (self.intermediate, self.hidden),
             "down_proj": (self.hidden, self.intermediate),
         }
@@ -169,8 +199,7 @@ def macs(
     """Multiply-accumulates of one pass over ``seq_len`` tokens.
 
     Args:
-        config: a transformers configuration of the LLaMA family (GQA, tied heads) or a
-            :class:`ModelShape`.
+        config: a transformers configuration of a known family or a :class:`ModelShape`.
         seq_len: tokens.
         include_attention: add both attention products, full square.
         include_head: add the vocabulary projection of every token.
@@ -222,12 +251,15 @@ def weight_bytes(config: Any, qat: QATConfig, *, float_bits: int = FLOAT_BITS) -
             groups = 1 if qat.group_size < 0 else -(-k // qat.group_size)
             scales += n * groups * SCALE_BYTES
     table = shape.vocab * shape.hidden * float_bits // 8
+    norms = (2 * shape.layers + 1) * shape.hidden * shape.norm_parts
+    if shape.head_norms:
+        norms += 2 * shape.layers * shape.head_dim
     return WeightBytes(
         linears=shape.layers * linears,
         scales=shape.layers * scales,
-        embedding=table,
+        embedding=table + shape.positions * shape.hidden * float_bits // 8,
         head=0 if shape.tied else table,
-        norms=(2 * shape.layers + 1) * shape.hidden * float_bits // 8,
+        norms=norms * float_bits // 8,
     )
 
 
@@ -245,6 +277,57 @@ def kv_bytes_per_token(config: Any, qat: QATConfig) -> KVBytes:
     if qat.kv_bits not in OFF_BITS:
         scales = (rows if qat.kv_mode == "serving" else 2 * shape.layers) * SCALE_BYTES
     return KVBytes(codes=rows * _row_bytes(shape.head_dim, qat.kv_bits), scales=scales)
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes in each process of a sharded training (FSDP2), without activations.
+
+    ``student`` (fp32 masters), ``gradients``, ``optimizer`` (both moments of AdamW, fp32) and
+    ``teacher`` (bf16) are shards; ``gathered`` is what is whole for a moment at the peak: the
+    weights of two blocks (one is fetched ahead) and their gradients, the student's head with its
+    gradient, and the teacher's head.
+    """
+
+    student: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    gathered: int
+
+    @property
+    def shards(self) -> int:
+        """What is held all the time."""
+        return self.student + self.gradients + self.optimizer + self.teacher
+
+    @property
+    def total(self) -> int:
+        """Shards and what is gathered."""
+        return self.shards + self.gathered
+
+
+def training_bytes(config: Any, processes: int) -> TrainingBytes:
+    """Bytes in each of ``processes`` that train a model towards a teacher of its own size.
+
+    Args:
+        config: see :func:`macs`. processes: GPUs, at least 1.
+
+    Raises:
+        InvalidArgument: ``processes`` below 1.
+    """
+    if processes < 1:
+        raise InvalidArgument(f"processes: expected a positive number, got {processes}")
+    shape, off = _shape(config), QATConfig(32, 32, 32)
+    parameters = weight_bytes(shape, off, float_bits=32).total // 4
+    block, head = shape.linear_parameters() // shape.layers, shape.vocab * shape.hidden
+    shard = -(-parameters // processes)
+    return TrainingBytes(
+        student=4 * shard,
+        gradients=4 * shard,
+        optimizer=8 * shard,
+        teacher=2 * shard,
+        gathered=2 * (4 + 4) * block + (4 + 4 + 2) * head,
+    )
 
 
 def cost(

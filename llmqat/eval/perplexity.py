@@ -173,7 +173,7 @@ def _nll_sum(model: Any, ids: torch.Tensor, chunk: int) -> float:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -230,7 +230,7 @@ def perplexity(
 
     total, tokens = 0.0, 0
     with (
-        _evaluating(model),
+        evaluating(model),
         tqdm(total=len(windows), unit="window", desc="perplexity", disable=not progress) as bar,
     ):
         for begin in range(0, len(windows), batch_size):
@@ -244,11 +244,11 @@ def perplexity(
             total += loss
             tokens += len(batch) * (seq_len - 1)
             bar.update(len(batch))
-            bar.set_postfix_str(f"ppl {_exp(total / tokens):.3f}", refresh=False)
+            bar.set_postfix_str(f"ppl {exp_or_inf(total / tokens):.3f}", refresh=False)
     nll = total / tokens
-    return PerplexityResult(_exp(nll), nll, tokens, seq_len, len(windows))
+    return PerplexityResult(exp_or_inf(nll), nll, tokens, seq_len, len(windows))
 
 
-def _exp(nll: float) -> float:
+def exp_or_inf(nll: float) -> float:
     """``exp`` that gives infinity where a hopeless model's perplexity leaves fp64."""
     return math.exp(nll) if nll < 700 else math.inf

@@ -5,7 +5,8 @@ newest 5.x.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,18 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,15 +36,28 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     eager_attention_forward,
 )
+from transformers.pytorch_utils import Conv1D
 
 from llmqat.errors import ConfigError
 
+MODELS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+}
+"""Configuration and model of every family of `families.FAMILIES`."""
+
 __all__ = [
+    "MODELS",
+    "Conv1D",
     "LlamaAttention",
     "LlamaDecoderLayer",
     "attention_function",
     "attention_name",
-    "build_llama",
+    "attention_replaced",
+    "build_model",
     "generation_config",
     "generation_fields",
     "keep_blocks_whole",
@@ -86,6 +110,16 @@ def attention_function(attention: nn.Module) -> Callable[..., tuple[Tensor, Tens
     )
 
 
+@contextmanager
+def attention_replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within it, every model whose attention is called `name` calls `function` instead."""
+    ALL_ATTENTION_FUNCTIONS[name] = function
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
+
+
 def keep_blocks_whole(model: nn.Module, block: str) -> None:
     """Tell device maps and sharded training that `block` is the class name of the blocks."""
     for module in model.modules():
@@ -106,17 +140,19 @@ def own_config(model: nn.Module) -> None:
             module.config = private
 
 
-def build_llama(fields: Mapping[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
-    """A LLaMA on the meta device (no weights allocated); its rotary tables are real, they are in no
+def build_model(model_type: str, fields: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A model on the meta device (no weights allocated); its rotary tables are real, they are in no
     checkpoint.
 
     Args:
-        fields: validated fields of `LlamaConfig`.
+        model_type: a key of `MODELS`.
+        fields: validated fields of its configuration.
     """
-    config = LlamaConfig(**fields)
+    config_class, model_class = MODELS[model_type]
+    config = config_class(**fields)
     config.dtype = dtype
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = model_class(config)
     restore_rotary(model)
     return model.eval()
 
@@ -125,10 +161,12 @@ def restore_rotary(model: nn.Module) -> None:
     """Compute the rotary frequencies anew in fp32, where the embedding is (on the CPU for meta).
 
     `model.to(bfloat16)` rounds them, although they are in no checkpoint: such a model would
-    differ from itself after saving and loading.
+    differ from itself after saving and loading. Models with learned positions have none.
     """
-    base = model.model
-    device = base.embed_tokens.weight.device
+    base = model.base_model
+    if getattr(base, "rotary_emb", None) is None:
+        return
+    device = model.get_input_embeddings().weight.device
     rotary = type(base.rotary_emb)(model.config)
     base.rotary_emb = rotary if device.type == "meta" else rotary.to(device)
 

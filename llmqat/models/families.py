@@ -1,6 +1,7 @@
-"""The one table of model families: which linears a block has and what a config may say.
+"""The table of architectures: where a model's parts are, which linears a block has, what differs.
 
 A family is a `model_type` of transformers; LLaMA 1, 2 and 3, TinyLlama and SmolLM2 are all `llama`.
+The sizes of released models are in `shapes`.
 """
 
 from __future__ import annotations
@@ -12,49 +13,108 @@ from torch import nn
 
 from llmqat.errors import ConfigError
 
+NEVER, ALWAYS = "never", "always"
+"""When linears have biases; otherwise the name of the config's switch."""
+
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one architecture. Paths are relative to the model (`blocks`, and `norm`, the last
-    one) or to one block (the rest).
+    """One architecture. Paths are relative to the model (`blocks`, `norm`, `embedding`,
+    `positions`) or to one block (the rest).
+
+    Attributes:
+        architecture: the model's class in transformers.
+        blocks, norm, embedding: the list of blocks, the last norm, the token embedding.
+        linears: what the method quantizes in a block, in the order in which it runs.
+        attention: the attention module.
+        kv_linears: linears whose whole output is K or V; empty where one linear holds both (there K
+            and V are quantized in the attention function, which sees the same numbers).
+        norms: the norms of a block that are as wide as the model.
+        head_norms: norms of each head of Q and K, between the projections and RoPE.
+        bias: (when, linears): `NEVER`, `ALWAYS` or the switch in the config.
+        norm_bias: whether norms have a bias (LayerNorm).
+        positions: the learned positions; None where RoPE turns Q and K.
+        transposed: linears are `Conv1D` of transformers, whose weight is [K, N].
+        base_prefix: what a checkpoint of the model without its head leaves out of every name.
     """
 
     name: str
     architecture: str
-    blocks: str
-    norm: str
-    linears: tuple[str, ...]
-    attention: str
-    kv_linears: tuple[str, ...]
-    attention_bias: tuple[str, ...]
-    mlp_bias: tuple[str, ...]
+    blocks: str = "model.layers"
+    norm: str = "model.norm"
+    embedding: str = "model.embed_tokens"
+    linears: tuple[str, ...] = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    attention: str = "self_attn"
+    kv_linears: tuple[str, ...] = ("self_attn.k_proj", "self_attn.v_proj")
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    head_norms: tuple[str, ...] = ()
+    bias: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    norm_bias: bool = False
+    positions: str | None = None
+    transposed: bool = False
+    base_prefix: str | None = None
 
+    @property
+    def linear_class(self) -> str:
+        """The class of its linears in a plain model: `Linear` or `Conv1D`."""
+        return "Conv1D" if self.transposed else "Linear"
+
+    def bias_switch(self, linear: str) -> str:
+        """When `linear` has a bias: `NEVER`, `ALWAYS`, or the name of the config's switch."""
+        return next((when for when, names in self.bias if linear in names), NEVER)
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether `module` is exactly what transformers puts in the place of a linear."""
+        return type(module) is nn.Linear or (
+            self.transposed and type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        )
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION = (*_QKV, "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        name="llama",
-        architecture="LlamaForCausalLM",
-        blocks="model.layers",
-        norm="model.norm",
-        linears=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
+    family.name: family
+    for family in (
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            bias=(("attention_bias", _ATTENTION), ("mlp_bias", _MLP)),
         ),
-        attention="self_attn",
-        kv_linears=("self_attn.k_proj", "self_attn.v_proj"),
-        attention_bias=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
+        Family("mistral", "MistralForCausalLM"),
+        Family("qwen2", "Qwen2ForCausalLM", bias=((ALWAYS, _QKV),)),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            bias=(("attention_bias", _ATTENTION),),
         ),
-        mlp_bias=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    ),
+        Family(
+            "gpt2",
+            "GPT2LMHeadModel",
+            blocks="transformer.h",
+            norm="transformer.ln_f",
+            embedding="transformer.wte",
+            linears=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+            attention="attn",
+            kv_linears=(),
+            norms=("ln_1", "ln_2"),
+            bias=((ALWAYS, ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),),
+            norm_bias=True,
+            positions="transformer.wpe",
+            transposed=True,
+            base_prefix="transformer.",
+        ),
+    )
 }
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import llmqat_kernels as qk
+from llmqat.config import QuantSpec
 from llmqat.models import compat
+from llmqat.nn.quantizers import fake_quantize
 
 ATTENTION_NAME = "llmqat_sdpa"
 MODULE_ATTRIBUTE = "llmqat_kv"
@@ -28,11 +29,22 @@ class KVQuantizer:
     `serving`).
     """
 
-    bits: int
+    spec: QuantSpec
     ste_clip: float | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return qk.fake_quantize(x, self.bits, ste_clip=self.ste_clip)
+        return fake_quantize(x, self.spec, ste_clip=self.ste_clip)
+
+
+@dataclass(frozen=True)
+class TokenKVQuantizer(KVQuantizer):
+    """Fake quantization of K and V [B, Hkv, T, D], one scale per token over all heads: spec 9,
+    `paper`, in models that hand K to the attention function as the projection gave it (no RoPE).
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.transpose(1, 2).flatten(2)
+        return super().__call__(rows).unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 
 
 def quantized_sdpa(

@@ -83,8 +83,18 @@ FUSED_PARTS: dict[str, type[nn.Module]] = {
 """The children of a fused block."""
 
 
+FUSABLE = ("llama",)
+"""The families whose blocks can be fused."""
+
+
 def check_fusable(model: nn.Module, family: Family, config: QATConfig) -> None:
     """ConfigError unless `config` gives the blocks codes to share, and they are the known ones."""
+    config.check_codes("fused")
+    if family.name not in FUSABLE:
+        raise ConfigError(
+            f"fused: blocks of {family.architecture} are not supported, only LlamaForCausalLM's;"
+            " leave fused out"
+        )
     for name in ("w_bits", "a_bits"):
         if getattr(config, name) > 8:
             raise ConfigError(

@@ -12,7 +12,7 @@ precision (fp32 masters), never from an autocast copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 import llmqat_kernels as qk
 from llmqat.config import QATConfig, QuantSpec
 from llmqat.errors import ConfigError
+from llmqat.nn.quantizers import SCALE_DTYPES, fake_quantize
 from llmqat_kernels import nn as qnn
 
-_SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+INPUT_SCALE = "input_scale"
+"""The learned scale of a linear whose activation quantizer is `lsq`: a parameter, fp32 [1], 0 until
+a first input sets it; also its name in checkpoints."""
 _OFF = QuantSpec(16)
 
 
@@ -54,9 +57,20 @@ class LinearSpec:
         return self.weight.enabled or self.activation.enabled or self.output.enabled
 
     @property
+    def is_integer(self) -> bool:
+        """Whether the product is one of int8 codes (spec 7); else one of floats."""
+        whole_tokens = self.activation.group_size == -1
+        return self.weight.has_codes and self.activation.has_codes and whole_tokens
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the input has a learned scale (spec 22)."""
+        return self.activation.enabled and self.activation.quantizer == "lsq"
+
+    @property
     def scale_dtype(self) -> torch.dtype:
         """Precision to which weight scales are rounded."""
-        return _SCALE_DTYPES[self.weight.scale_dtype]
+        return SCALE_DTYPES[self.weight.scale_dtype]
 
     @property
     def bits(self) -> qnn.LinearBits:
@@ -67,41 +81,63 @@ class LinearSpec:
         )
 
     def describe(self) -> str:
-        """`W4A8`, with the group size and the output bits where there are any."""
-        text = f"W{self.weight.bits}A{self.activation.bits}"
-        if self.weight.group_size != -1:
-            text += f" g{self.weight.group_size}"
-        return text + (f" out{self.output.bits}" if self.output.enabled else "")
+        """`W4A8`, with group sizes, the output bits and other quantizers where there are any."""
+        weight, activation = self.weight, self.activation
+        text = f"W{weight.bits}A{activation.bits}"
+        if weight.group_size != -1:
+            text += f" g{weight.group_size}"
+        if activation.group_size != -1:
+            text += f" {activation.group_axis} g{activation.group_size}"
+        if self.output.enabled:
+            text += f" out{self.output.bits}"
+        for kind, part in (("w", weight), ("a", activation), ("out", self.output)):
+            if part.enabled and part.quantizer != "symmetric":
+                text += f" {kind}:{part.quantizer}"
+        return text + (" official" if weight.numerics == "official" else "")
 
 
 def _quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
-    if not spec.output.enabled:
-        return y
-    return qk.fake_quantize(y, spec.output.bits, ste_clip=spec.ste_clip)
+    return fake_quantize(y, spec.output, ste_clip=spec.ste_clip)
 
 
 class QATLinear(qnn.QATLinear):
-    """The trained linear of `llmqat_kernels.nn`, with every setting of the method (spec 6, 7):
-    weights or activations left in floats, and the output quantizer of the `paper` KV mode.
+    """The trained linear of `llmqat_kernels.nn`, with every setting of the method (spec 6, 7) and
+    of its comparisons (spec 20-24): weights or activations left in floats, quantizers without an
+    integer product, and the output quantizer of the `paper` KV mode.
+
+    With the activation quantizer `lsq` it has one more parameter, `input_scale` fp32 [1]; 0 until
+    the first input sets it.
     """
 
+    PLAIN: ClassVar[type[nn.Module]] = nn.Linear
+    """The class that it is made from."""
     spec: LinearSpec
+    input_scale: nn.Parameter
+    _scale_is_set: bool
 
     @classmethod
     def adopt(cls, linear: nn.Linear, spec: LinearSpec) -> QATLinear:  # type: ignore[override]
-        """Turn `linear` itself into a QATLinear: same object, parameters, hooks and names.
+        """Turn `linear` itself into a QATLinear: same object, parameters, hooks and names (and
+        `input_scale` where there is a learned scale).
 
         Raises:
-            ConfigError: not exactly an `nn.Linear`, or the group size does not divide its columns.
+            ConfigError: not exactly an `nn.Linear`, or a group size does not divide its columns.
         """
-        if type(linear) is not nn.Linear:
-            raise ConfigError(f"expected a plain nn.Linear, found {type(linear).__name__}")
-        group = spec.weight.group_size
-        if spec.weight.enabled and group != -1 and linear.in_features % group:
+        if type(linear) is not cls.PLAIN:
             raise ConfigError(
-                f"group_size: {group} does not divide the {linear.in_features} input columns"
+                f"expected a plain nn.{cls.PLAIN.__name__}, found {type(linear).__name__}"
             )
-        return qnn.become(linear, cls, spec=spec, _weight_codes=qnn.WeightCodes())
+        for name, part in (("group_size", spec.weight), ("a_group_size", spec.activation)):
+            group = part.group_size
+            if part.enabled and group != -1 and linear.in_features % group:
+                raise ConfigError(
+                    f"{name}: {group} does not divide the {linear.in_features} input columns"
+                )
+        adopted = qnn.become(linear, cls, spec=spec, _weight_codes=qnn.WeightCodes())
+        if spec.learns_scale:
+            adopted._scale_is_set = False
+            adopted.input_scale = nn.Parameter(torch.zeros(1, device=linear.weight.device))
+        return adopted
 
     @property
     def bits(self) -> qnn.LinearBits:
@@ -113,27 +149,55 @@ class QATLinear(qnn.QATLinear):
         autocast: the autocast dtype).
         """
         spec = self.spec
-        if spec.weight.enabled and spec.activation.enabled:
+        if spec.is_integer:
             y = super().forward(x)
         else:
             y = self._float_forward(qnn.autocast_input(x))
         return _quantize_output(y, spec)
 
     def _float_forward(self, x: Tensor) -> Tensor:
-        """At most one operand is quantized: a float product of fake-quantized values."""
-        spec = self.spec
-        weight = self.weight
-        if spec.activation.enabled:
-            x = qk.fake_quantize(x, spec.activation.bits, ste_clip=spec.ste_clip)
-        elif spec.weight.enabled:
-            weight = qk.fake_quantize(
-                weight,
-                spec.weight.bits,
-                group_size=spec.weight.group_size,
-                ste_clip=spec.ste_clip,
-                scale_dtype=spec.scale_dtype,
-            ).to(x.dtype)
+        """A float product of fake-quantized values."""
+        spec, clip = self.spec, self.spec.ste_clip
+        weight = self.fake_quantized_weight(x.dtype)
+        x = fake_quantize(x, spec.activation, ste_clip=clip, learned_scale=self._learned_scale(x))
         return F.linear(x, weight, self.bias)
+
+    def fake_quantized_weight(self, dtype: torch.dtype) -> Tensor:
+        """The values [N, K] of the weight on its grid, in `dtype`; carries the gradient."""
+        spec, weight = self.spec, self.weight
+        if not spec.weight.enabled:
+            return weight
+        if spec.weight.numerics == "official":
+            weight = weight.to(dtype)  # the released code keeps no other copy of it
+        return fake_quantize(weight, spec.weight, ste_clip=spec.ste_clip).to(dtype)
+
+    def _learned_scale(self, x: Tensor) -> Tensor | None:
+        """The scale of the quantizer `lsq`, set from x if none was; None for other quantizers."""
+        if not self.spec.learns_scale:
+            return None
+        if not self._scale_is_set:
+            with torch.no_grad():
+                if not bool(self.input_scale.any()):
+                    first = qk.lsq_scale(x, self.spec.activation.bits)
+                    if not bool(torch.isfinite(first).all()):
+                        return first  # NaN values for this input; the next one may set the scale
+                    self.input_scale.copy_(first)
+            self._scale_is_set = True
+        return self.input_scale
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QATLinear:
+        scale = self._parameters.get(INPUT_SCALE)
+        kept = None if scale is None else scale.data
+        super()._apply(fn, recurse)
+        if kept is not None and self.input_scale.dtype != torch.float32:
+            # `.to(bfloat16)` is meant for weights; steps of a learned scale are finer than that.
+            self.input_scale.data = kept.to(self.input_scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.spec.learns_scale:
+            self._scale_is_set = False
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self.spec.describe()}"
@@ -146,6 +210,23 @@ def clear_weight_cache(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, QATLinear):
             module.clear_cache()
+
+
+def initialize_scales(model: nn.Module, input_ids: Tensor) -> None:
+    """Set every learned scale that is not set yet from one forward pass over `input_ids` int64
+    [B, T], without gradient.
+
+    The first forward of training would do the same; before it, all processes of a distributed run
+    see the same batch, and no parameter is sharded yet.
+    """
+    layers = [m for m in model.modules() if isinstance(m, QATLinear) and m.spec.learns_scale]
+    if all(bool(layer.input_scale.any()) for layer in layers):
+        return
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=input_ids.to(layers[0].weight.device), use_cache=False)
+    model.train(was_training)
 
 
 class QuantizedLinear(nn.Module):

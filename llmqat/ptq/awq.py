@@ -20,7 +20,7 @@ from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.nn.linear import LinearSpec
 from llmqat.ptq.calibration import TOKEN_LIMIT, BlockWalk, Gram
-from llmqat.ptq.channels import FOLDS, fold, input_groups, merge_heads, spread_heads
+from llmqat.ptq.channels import fold, foldable_groups, merge_heads, spread_heads
 from llmqat.ptq.checks import check_count, check_fold, check_plain, check_token_limit
 from llmqat.ptq.journal import BlockJournal
 
@@ -129,7 +129,7 @@ def awq(
     check_token_limit(token_limit)
     prepare(model, config)
     walk = BlockWalk(model, tokens, batch_size=batch_size, label="awq" if progress else None)
-    groups = [group for group in input_groups(walk.family) if group.kind in FOLDS[folds]]
+    groups = foldable_groups(walk.family, folds)
     for index, name, block in walk:
         done = None if journal is None else journal.load(index)
         if done is not None:

@@ -8,6 +8,7 @@ before it produce in their present, quantized form, and device memory holds one 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -275,7 +276,10 @@ def _entrance(model: nn.Module, block: nn.Module, ids: Tensor) -> tuple[Tensor, 
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kwargs = dict(kwargs)
-        seen.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+        # By name: blocks of some families are handed their mask by position.
+        names = list(inspect.signature(block.forward).parameters)
+        kwargs |= dict(zip(names, args, strict=False))
+        seen.append((kwargs.pop("hidden_states"), kwargs))
         raise _Reached
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from llmqat.errors import ConfigError
 from llmqat.models.families import Family
+from llmqat.nn.conv1d import row_weight
 
-__all__ = ["FOLDS", "InputGroup", "fold", "input_groups"]
+__all__ = ["FOLDS", "InputGroup", "fold", "foldable_groups", "input_groups"]
 
-FOLDS = {
+FOLDS: dict[str, tuple[str, ...]] = {
+    "none": (),
     "norms": ("norm",),
     "norms+down": ("norm", "product"),
     "all": ("norm", "product", "values"),
@@ -32,9 +34,11 @@ class InputGroup:
     Attributes:
         linears: names within the block, in the order in which they run.
         producer: name of the module that absorbs scales.
-        kind: "norm" (its weight), "product" (a linear whose output is multiplied elementwise by
-            something else) or "values" (v_proj: attention mixes tokens but not channels; with
-            grouped queries one row of it feeds several heads, which then share their scale).
+        kind: "norm" (its weight, and bias), "product" (a linear whose output is multiplied
+            elementwise by something else), "activation" or "fused" (a nonlinearity stands between,
+            or the linear computes q and k too: neither can absorb) or "values" (v_proj: attention
+            mixes tokens but not channels; with grouped queries one row of it feeds several heads,
+            which then share their scale).
     """
 
     linears: tuple[str, ...]
@@ -52,19 +56,44 @@ _LLAMA = (
 )
 
 
+_GPT2 = (
+    InputGroup(("attn.c_attn",), "ln_1", "norm"),
+    InputGroup(("attn.c_proj",), "attn.c_attn", "fused"),
+    InputGroup(("mlp.c_fc",), "ln_2", "norm"),
+    InputGroup(("mlp.c_proj",), "mlp.c_fc", "activation"),
+)
+
+
 def input_groups(family: Family) -> tuple[InputGroup, ...]:
     """The groups of one block in running order; every linear of the family is in one of them.
 
     Raises:
-        ConfigError: the family's blocks are not built like LLaMA's.
+        ConfigError: the family's blocks are built in neither of the known ways.
     """
-    names = [name for group in _LLAMA for name in group.linears]
-    if sorted(names) != sorted(family.linears):
-        raise ConfigError(
-            f"model: the blocks of {family.architecture} are not built like LLaMA's; use"
-            " method rtn, or quantization-aware training"
-        )
-    return _LLAMA
+    for groups in (_LLAMA, _GPT2):
+        names = [name for group in groups for name in group.linears]
+        if sorted(names) == sorted(family.linears):
+            return groups
+    raise ConfigError(
+        f"model: the blocks of {family.architecture} are not built like LLaMA's; use"
+        " method rtn, or quantization-aware training"
+    )
+
+
+def foldable_groups(family: Family, folds: str) -> list[InputGroup]:
+    """The groups whose producer may absorb scales under the option `folds`, in running order.
+
+    Raises:
+        ConfigError: `folds` asks for a producer that the family does not have.
+    """
+    groups = input_groups(family)
+    for kind in FOLDS[folds]:
+        if not any(group.kind == kind for group in groups):
+            raise ConfigError(
+                f"folds: {folds} needs a linear that could absorb the scales, which the blocks of"
+                f" {family.architecture} do not have; use norms"
+            )
+    return [group for group in groups if group.kind in FOLDS[folds]]
 
 
 def merge_heads(channels: Tensor, config: object) -> Tensor:
@@ -98,5 +127,5 @@ def fold(block: nn.Module, group: InputGroup, scale: Tensor, config: object) -> 
             tensor.copy_(tensor.float() / divisor)
     columns = spread_heads(scale, config) if group.kind == "values" else scale
     for name in group.linears:
-        weight = block.get_submodule(name).weight
+        weight = row_weight(block.get_submodule(name))
         weight.copy_(weight.float() * columns)

@@ -10,6 +10,7 @@ from torch import nn
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
+from llmqat.nn.conv1d import row_weight
 from llmqat.ptq.channels import FOLDS
 from llmqat.state import state_of
 
@@ -34,15 +35,17 @@ def check_plain(model: nn.Module, config: QATConfig | None) -> None:
             )
         config.check_packable()
     for name, _, module in iter_linears(model, family):
-        if type(module) is not nn.Linear:
-            raise ConfigError(f"{name}: expected a plain nn.Linear, found {type(module).__name__}")
+        if not family.is_linear(module):
+            raise ConfigError(
+                f"{name}: expected a plain nn.{family.linear_class}, found {type(module).__name__}"
+            )
         if (
             config is not None
             and config.group_size != -1
-            and module.in_features % config.group_size
+            and (columns := row_weight(module).shape[1]) % config.group_size
         ):
             raise ConfigError(
-                f"group_size: {config.group_size} does not divide the {module.in_features} input"
+                f"group_size: {config.group_size} does not divide the {columns} input"
                 f" columns of {name}"
             )
         if not bool(torch.isfinite(module.weight).all()):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmqat.config import QATConfig, QuantSpec
 from llmqat.convert import convert, prepare
 from llmqat.errors import ConfigError
-from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.nn.decided import DecidedLinear
 from llmqat.ptq.calibration import TOKEN_LIMIT, BlockWalk, Gram
 from llmqat.ptq.channels import input_groups
 from llmqat.ptq.checks import check_count, check_fraction, check_plain, check_token_limit
@@ -113,25 +113,6 @@ def _inverse_factor(gram: Tensor, damping: float, act_order: bool) -> tuple[Tens
     return upper.float(), order
 
 
-class _DecidedLinear(QATLinear):
-    """A linear whose codes are chosen: it computes, and later packs to, exactly these."""
-
-    @classmethod
-    def decide(cls, linear: QATLinear, codes: Tensor, scale: Tensor) -> None:
-        """Fix the codes of `linear` itself."""
-        packed = QuantizedLinear.from_codes(codes, scale, linear.spec, bias=linear.bias)
-        linear.__class__ = cls
-        # Not a submodule: the model's tensors and their names stay as they are.
-        linear.__dict__["_packed"] = packed
-
-    def weight_codes(self) -> tuple[Tensor, Tensor]:
-        packed = self.__dict__["_packed"]
-        return packed.int8_codes(), packed.weight_scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.__dict__["_packed"](x)
-
-
 def gptq(
     model: nn.Module,
     config: QATConfig,
@@ -172,7 +153,7 @@ def gptq(
         if done is not None:
             for short in walk.family.linears:
                 tensors = (done[f"{short}.{part}"].to(walk.device) for part in ("codes", "scale"))
-                _DecidedLinear.decide(block.get_submodule(short), *tensors)
+                DecidedLinear.decide(block.get_submodule(short), *tensors)
             walk.advance(block)
             continue
         results: dict[str, Tensor] = {}
@@ -193,7 +174,7 @@ def gptq(
             parts = zip(group.linears, linears, codes.split(rows), scale.split(rows), strict=True)
             for short, linear, its_codes, its_scale in parts:
                 its_codes, its_scale = its_codes.contiguous(), its_scale.contiguous()
-                _DecidedLinear.decide(linear, its_codes, its_scale)
+                DecidedLinear.decide(linear, its_codes, its_scale)
                 results |= {f"{short}.codes": its_codes, f"{short}.scale": its_scale}
         if journal is not None:
             journal.save(index, results)

@@ -17,6 +17,7 @@ import llmqat_kernels as qk
 from llmqat.config import QuantSpec
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
+from llmqat.nn.conv1d import row_weight
 from llmqat.nn.linear import LinearSpec, QuantizedLinear
 from llmqat.ptq.checks import check_count
 from llmqat.state import PACKED, state_of
@@ -52,9 +53,9 @@ class CompensatedLinear(nn.Module):
 
 
 def float_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the weights that a method will quantize, by full name."""
+    """Copies [N, K] of the weights that a method will quantize, by full name."""
     return {
-        name: module.weight.detach().clone()
+        name: row_weight(module).detach().clone()
         for name, _, module in iter_linears(model, find_family(model))
     }
 

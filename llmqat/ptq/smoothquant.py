@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from llmqat.config import QATConfig
 from llmqat.convert import convert
 from llmqat.errors import ConfigError
+from llmqat.models.families import find_family
+from llmqat.nn.conv1d import row_weight
 from llmqat.ptq.calibration import BlockWalk
-from llmqat.ptq.channels import FOLDS, InputGroup, fold, input_groups, merge_heads
+from llmqat.ptq.channels import InputGroup, fold, foldable_groups, merge_heads
 from llmqat.ptq.checks import check_fold, check_fraction, check_plain
+from llmqat.ptq.keys import PairLengths, check_smoothable_keys, fold_keys, key_scale
 
 __all__ = ["smooth", "smoothing_scale", "smoothquant"]
 
@@ -44,6 +47,7 @@ def smooth(
     *,
     alpha: float = 0.5,
     folds: str = "norms",
+    key_alpha: float = 0.0,
     batch_size: int = 8,
     progress: bool = False,
 ) -> nn.Module:
@@ -57,7 +61,8 @@ def smooth(
         alpha: 0..1, how much of the spread goes to the weights.
         folds: "norms" (inputs of q/k/v and gate/up), "norms+down" (also down_proj, through the rows
             of up_proj) or "all" (also o_proj, through the rows of v_proj: this changes the values
-            that a quantized KV cache holds).
+            that a quantized KV cache holds), or "none".
+        key_alpha: 0..1, how much the channels of K are evened out (see `keys`); 0 leaves them.
 
     Returns:
         The model.
@@ -69,8 +74,11 @@ def smooth(
     check_plain(model, None)
     check_fraction("alpha", alpha)
     check_fold(folds)
+    check_fraction("key_alpha", key_alpha)
+    if key_alpha:
+        check_smoothable_keys(find_family(model))
     walk = BlockWalk(model, tokens, batch_size=batch_size, label="smooth" if progress else None)
-    groups = [group for group in input_groups(walk.family) if group.kind in FOLDS[folds]]
+    groups = foldable_groups(walk.family, folds)
     for _, name, block in walk:
         largest: dict[str, Tensor] = {}
 
@@ -81,6 +89,10 @@ def smooth(
         observers = {
             group.linears[0]: lambda x, key=group.linears[0]: observe(x, key) for group in groups
         }
+        attention = block.get_submodule(walk.family.attention)
+        keys = PairLengths(attention.k_proj, model.config) if key_alpha else None
+        if keys is not None:
+            observers[f"{walk.family.attention}.k_proj"] = keys.observe
         # The outputs of the block before it is changed: those of the float model, bit for bit.
         outputs = walk.run(block, observers)
         for group in groups:
@@ -91,6 +103,8 @@ def smooth(
                     " values; check the model"
                 )
             fold(block, group, _group_scale(block, group, inputs, alpha, model), model.config)
+        if keys is not None and keys.largest is not None:
+            fold_keys(attention, key_scale(keys.largest, key_alpha), model.config)
         walk.advance(block, outputs)
     return model
 
@@ -99,7 +113,7 @@ def _group_scale(
     block: nn.Module, group: InputGroup, inputs: Tensor, alpha: float, model: nn.Module
 ) -> Tensor:
     columns = torch.stack(
-        [block.get_submodule(name).weight.float().abs().amax(0) for name in group.linears]
+        [row_weight(block.get_submodule(name)).float().abs().amax(0) for name in group.linears]
     ).amax(0)
     if group.kind == "values":
         inputs = merge_heads(inputs, model.config).amax(0)
@@ -114,10 +128,19 @@ def smoothquant(
     *,
     alpha: float = 0.5,
     folds: str = "norms",
+    key_alpha: float = 0.0,
     batch_size: int = 8,
     progress: bool = False,
 ) -> nn.Module:
     """:func:`smooth`, then round to nearest: a packed model, in place. Arguments as there."""
     check_plain(model, config)
-    smooth(model, tokens, alpha=alpha, folds=folds, batch_size=batch_size, progress=progress)
+    smooth(
+        model,
+        tokens,
+        alpha=alpha,
+        folds=folds,
+        key_alpha=key_alpha,
+        batch_size=batch_size,
+        progress=progress,
+    )
     return convert(model, config)

@@ -105,7 +105,7 @@ def _full_precision(block: nn.Module) -> nn.Module:
     teacher = copy.deepcopy(block)
     for module in teacher.modules():
         if isinstance(module, QATLinear):
-            module.__class__ = nn.Linear
+            module.__class__ = module.PLAIN
         if hasattr(module, MODULE_ATTRIBUTE):
             delattr(module, MODULE_ATTRIBUTE)
     return teacher
@@ -131,7 +131,12 @@ def _distil(
     """Train the weights of the block's linears; every other parameter stays as it is."""
     wanted = {p: p.requires_grad for p in block.parameters()}
     block.requires_grad_(False)
-    weights = [module.weight for module in block.modules() if isinstance(module, QATLinear)]
+    # Not `module.weight`: that of a Conv1D is a view of its parameter.
+    weights = [
+        dict(module.named_parameters(recurse=False))["weight"]
+        for module in block.modules()
+        if isinstance(module, QATLinear)
+    ]
     for weight in weights:
         weight.requires_grad_(True)
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)

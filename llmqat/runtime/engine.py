@@ -19,12 +19,12 @@ from llmqat.runtime.forward import Forward
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
 from llmqat.runtime.screen import SCREEN_ROWS
+from llmqat.runtime.support import check_cache, default_max_len
 from llmqat.runtime.weights import can_screen, extract
 from llmqat_kernels import KVCache, current_backend
 from llmqat_kernels.dispatch import resolve
 from llmqat_kernels.errors import InvalidArgument
 
-DEFAULT_MAX_LEN = 2048
 ROWS_PER_PASS = 256
 """Rows of one pass through the blocks: bounds the activations of a long prompt, amortizes reading
 the weights.
@@ -39,8 +39,8 @@ class Engine:
         model: its weights are copied into the backend's layout (except an embedding that needs no
             change); the model is not changed and may be dropped afterwards.
         max_slots: sequences that run at one time.
-        max_len: tokens per sequence, at most the model's positions; None takes 2048 or, if fewer,
-            those.
+        max_len: tokens per sequence, at most the model's positions and sliding window; None takes
+            2048 or, if fewer, those.
         kv_bits: 4, 8 or 16; None takes the model's own setting (16 for a plain model).
         kv_mode: ``paper`` or ``serving``; None takes the model's own setting (``paper`` for a plain
             model).
@@ -75,9 +75,9 @@ class Engine:
     ) -> None:
         if max_slots < 1:
             raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
-        find_family(model)
+        family = find_family(model)
         if max_len is None:
-            max_len = min(DEFAULT_MAX_LEN, model.config.max_position_embeddings)
+            max_len = default_max_len(model)
         if weight_dtype not in (None, torch.float32, torch.bfloat16):
             raise InvalidArgument(f"weight_dtype: {weight_dtype} is not float32, bfloat16 or None")
         self.dtype: torch.dtype = model.dtype if dtype is None else dtype  # type: ignore[assignment]
@@ -93,20 +93,47 @@ class Engine:
         weights, quantization = self.weights, self.weights.quantization
         self.device = weights.embedding.device
         self.max_slots: int = max_slots
-        self.max_len: int = max_len
         self.vocab_size: int = weights.head.n
-        self.kv_bits = min(quantization.kv_bits if kv_bits is None else kv_bits, 16)
-        self.kv_mode = quantization.kv_mode if kv_mode is None else kv_mode
+        self.backend = current_backend()
+        self._family, self._fuse = family, fuse
+        self.replace_cache(
+            max_len=max_len,
+            kv_bits=min(quantization.kv_bits if kv_bits is None else kv_bits, 16),
+            kv_mode=quantization.kv_mode if kv_mode is None else kv_mode,
+        )
+
+    def replace_cache(
+        self, *, max_len: int, kv_bits: int | None = None, kv_mode: str | None = None
+    ) -> None:
+        """An empty KV cache of another length, width or mode; every sequence is forgotten.
+
+        Args:
+            max_len: tokens per sequence, at most those of the rotary tables: the constructor's.
+            kv_bits, kv_mode: as of the constructor; None keeps the present ones.
+
+        Raises:
+            ConfigError: an unsupported KV setting. InvalidArgument: ``max_len``.
+        """
+        weights = self.weights
+        if not 1 <= max_len <= weights.cos.shape[0]:
+            raise InvalidArgument(f"max_len: {max_len} is outside 1..{weights.cos.shape[0]}")
+        self.max_len = max_len
+        if kv_bits is not None:
+            self.kv_bits: int = kv_bits
+        if kv_mode is not None:
+            self.kv_mode: str = kv_mode
         if self.kv_bits not in PACKED_KV_BITS:
             raise ConfigError(f"kv_bits: {self.kv_bits} has no packed KV cache; use 4, 8 or 16")
         if self.kv_mode not in KV_MODES:
             raise ConfigError(
                 f"kv_mode: {self.kv_mode!r} is not supported; use {' or '.join(KV_MODES)}"
             )
-        self.backend = current_backend()
+        check_cache(self._family, self.kv_bits, self.kv_mode)
+        for name in ("_caches", "forward"):  # both hold the old cache: free it before the new one
+            vars(self).pop(name, None)
         self._caches = [
             KVCache.allocate(
-                max_slots,
+                self.max_slots,
                 weights.kv_heads,
                 max_len,
                 weights.head_dim,
@@ -117,8 +144,8 @@ class Engine:
             )
             for _ in weights.blocks
         ]
-        self._lengths = [0] * max_slots
-        self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=fuse)
+        self._lengths = [0] * self.max_slots
+        self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=self._fuse)
 
     # What it holds
 
@@ -153,6 +180,13 @@ class Engine:
         """
         for slot in range(self.max_slots) if slots is None else slots:
             self._lengths[slot] = 0
+
+    def assume_length(self, slot: int, length: int) -> None:
+        """Say that ``slot`` holds ``length`` tokens, for a cache that was written from outside."""
+        self._check_slots([slot])
+        if not 0 <= length <= self.max_len:
+            raise InvalidArgument(f"length: {length} is outside 0..{self.max_len}")
+        self._lengths[slot] = length
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Start new sequences: logits [n, V] after each prompt's last token, in the engine's dtype.

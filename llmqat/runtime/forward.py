@@ -73,6 +73,8 @@ class Forward:
 
     def _plan(self, caches: Sequence[KVCache], fused: Callable[..., None] | None) -> Iterator[Step]:
         """The blocks as steps."""
+        if self.weights.blocks[0].head_norms is not None:
+            fused = None  # the native call has no norms of heads
         pairs = zip(self.weights.blocks, caches, strict=True)
         for integer, group in groupby(pairs, lambda pair: pair[0].integer_bits is not None):
             blocks, own = zip(*group, strict=True)
@@ -110,7 +112,7 @@ class Forward:
         )
         if delta is not None:
             stream = total
-        mixed = self._attend(cache, self.integer(block.qkv, codes, scale), rows)
+        mixed = self._attend(block, cache, self.integer(block.qkv, codes, scale), rows)
         codes, scale = kernels.quantize(mixed, bits, -1, False)
         delta = self.integer(block.o, codes, scale)
         codes, scale, stream = kernels.rms_norm_quantize(
@@ -128,17 +130,22 @@ class Forward:
         if delta is not None:
             stream = stream + delta
         normed = kernels.rms_norm(stream, block.input_norm, block.input_eps)
-        mixed = self._attend(cache, self.linear(block.qkv, normed), rows)
+        mixed = self._attend(block, cache, self.linear(block.qkv, normed), rows)
         stream = stream + self.linear(block.o, mixed)
         normed = kernels.rms_norm(stream, block.post_norm, block.post_eps)
         gate, up = self.linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
         return stream, self.linear(block.down, kernels.silu_mul(gate, up))
 
-    def _attend(self, cache: KVCache, qkv: Tensor, rows: Rows) -> Tensor:
+    def _attend(self, block: Block, cache: KVCache, qkv: Tensor, rows: Rows) -> Tensor:
         """Write K and V of the rows, then attend: qkv [n, (H + 2 Hkv) D] -> [n, H D]."""
         kernels, weights = self.kernels, self.weights
         cos, sin = weights.cos, weights.sin
         q, k, v = qkv.view(qkv.shape[0], -1, weights.head_dim).split_with_sizes(self._heads, 1)
+        if block.head_norms is not None:
+            q, k = (
+                kernels.rms_norm(heads.contiguous(), weight, block.head_eps)
+                for heads, weight in zip((q, k), block.head_norms, strict=True)
+            )
         kernels.rope_quantize_append(
             k,
             v,

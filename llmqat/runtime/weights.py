@@ -19,8 +19,8 @@ from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_blocks
 from llmqat.nn.linear import QATLinear, QuantizedLinear
 from llmqat.runtime.screen import HeadScreen, make_screen
+from llmqat.runtime.support import check_runnable
 from llmqat.state import state_of
-from llmqat_kernels.errors import InvalidArgument
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """RoPE variants whose tables depend on the length of the sequence: one table per model cannot serve
@@ -59,7 +59,7 @@ class FusedLinear:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block."""
+    """One decoder block; `head_norms` are the weights [D] of the norms of Q and K heads (Qwen3)."""
 
     input_norm: Tensor
     input_eps: float
@@ -69,11 +69,18 @@ class Block:
     post_eps: float
     gate_up: FusedLinear
     down: FusedLinear
+    head_norms: tuple[Tensor, Tensor] | None = None
+    head_eps: float = 0.0
 
     @property
     def linears(self) -> tuple[FusedLinear, ...]:
         """The four fused linears, in the order they run."""
         return (self.qkv, self.o, self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[Tensor, ...]:
+        """Weights of its norms."""
+        return (self.input_norm, self.post_norm, *(self.head_norms or ()))
 
     @property
     def integer_bits(self) -> int | None:
@@ -107,10 +114,7 @@ class ModelWeights:
         places.
         """
         linears = sum(linear.nbytes for block in self.blocks for linear in block.linears)
-        norms = (
-            sum(block.input_norm.nbytes + block.post_norm.nbytes for block in self.blocks)
-            + self.norm.nbytes
-        )
+        norms = sum(norm.nbytes for block in self.blocks for norm in block.norms) + self.norm.nbytes
         screen = self.head_screen
         sizes = {
             "linears": linears,
@@ -169,7 +173,7 @@ def _read(module: nn.Module, dtype: torch.dtype) -> _Source:
         return _Source(None, None, value.to(dtype), bias, OFF, a_bits)
     if type(module) is not nn.Linear:
         raise ConfigError(
-            f"model: the engine cannot run a {type(module).__name__}; pass a plain LLaMA"
+            f"model: the engine cannot run a {type(module).__name__}; pass a plain model"
         )
     return _Source(None, None, module.weight.detach(), bias, OFF, 16)
 
@@ -295,15 +299,10 @@ def extract(
     """
     family = find_family(model)
     config = model.config
-    if not 1 <= max_len <= config.max_position_embeddings:
-        raise InvalidArgument(
-            f"max_len: {max_len} is outside 1..{config.max_position_embeddings} (model positions)"
-        )
-    if config.hidden_act != "silu":
-        raise ConfigError(
-            f"model: activation {config.hidden_act!r} is not supported; the engine runs silu"
-        )
+    check_runnable(model, family, max_len)
     base, state = model.model, state_of(model)
+    if state is not None:
+        state.config.check_codes("engine")
     device = base.embed_tokens.weight.device
 
     def linear(*modules: nn.Module) -> FusedLinear:
@@ -313,6 +312,7 @@ def extract(
     for _, block in iter_blocks(model, family):
         attention, mlp = block.self_attn, block.mlp
         before, after = block.input_layernorm, block.post_attention_layernorm
+        of_heads = [block.get_submodule(name) for name in family.head_norms]
         blocks.append(
             Block(
                 input_norm=before.weight.detach(),
@@ -323,6 +323,8 @@ def extract(
                 post_eps=after.variance_epsilon,
                 gate_up=linear(mlp.gate_proj, mlp.up_proj),
                 down=linear(mlp.down_proj),
+                head_norms=tuple(norm.weight.detach() for norm in of_heads) or None,
+                head_eps=of_heads[0].variance_epsilon if of_heads else 0.0,
             )
         )
     cos, sin = rotary_tables(base.rotary_emb, max_len, device)

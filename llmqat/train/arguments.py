@@ -8,11 +8,22 @@ from typing import Any
 
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
-from llmqat.train.losses import find_loss
+from llmqat.train.losses import Loss, find_loss, parse_weights
+from llmqat.train.observe import parse_layers
 
 __all__ = ["QuantArguments", "TrainArguments"]
 
 DTYPES = ("float32", "bfloat16")
+SCHEDULERS = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+)
+"""The schedules of transformers that need no further settings."""
 _RUN_FIELDS = ("output", "resume", "save_limit", "threads")
 """Options that may change between a run and its resumption; all others decide its result."""
 
@@ -59,6 +70,23 @@ class QuantArguments:
     ste_clip: float | None = _option(
         None, "Zero the gradient where |x| reaches this; the released code used 2.0."
     )
+    w_quantizer: str | None = _option(
+        None, "Weights: symmetric (default), asymmetric or statsq (clipped)."
+    )
+    a_quantizer: str | None = _option(
+        None, "Activations: symmetric (default), asymmetric or lsq (clipped, learned scale)."
+    )
+    kv_quantizer: str | None = _option(None, "Keys and values: symmetric (default) or asymmetric.")
+    numerics: str | None = _option(
+        None, "spec (default), or official: the arithmetic of the released code, for comparison."
+    )
+    a_group_size: int | None = _option(
+        None, "Input channels that share a scale (W4A4 of table 8); default: whole tokens."
+    )
+    a_group_axis: str | None = _option(
+        None,
+        "channel_over_tokens (default: one scale per group over all tokens) or channel_per_token.",
+    )
 
     def to_config(self) -> QATConfig | None:
         """The settings given, or None if there are none.
@@ -98,8 +126,24 @@ class TrainArguments:
         metadata={"help": "Folder for the prepared student, checkpoints and metrics."}
     )
     teacher: str | None = _option(None, "Folder of the teacher; default: --model.")
-    loss: str = _option("logits", "logits (the paper's), label or label+logits.")
-    lr: float = _option(2e-5, "Peak learning rate; cosine decay to 0.")
+    teacher_logits: bool = _option(
+        False,
+        "Train from the probabilities that llmqat teacher-logits saved in --data; no teacher is"
+        " loaded (one named by --teacher is only checked).",
+    )
+    loss: str = _option(
+        "logits", "logits (the paper's), label, hidden, attention, or a sum such as label+logits."
+    )
+    loss_weights: str | None = _option(
+        None, "Weights of the terms of --loss, in its order, such as 1,1,10; default: 1 each."
+    )
+    loss_layers: str = _option(
+        "all", "Decoder blocks of hidden and attention: all, last or numbers such as 0,5,11."
+    )
+    lr: float = _option(2e-5, "Peak learning rate.")
+    lr_scheduler: str = _option(
+        "cosine", "How it falls after the warm-up, by transformers' names: cosine, linear, ..."
+    )
     steps: int | None = _option(None, "Optimizer steps; default: what --epochs gives.")
     epochs: float = _option(1.0, "Passes over the data, unless --steps is given.")
     batch_size: int = _option(1, "Sequences per device and micro-batch.")
@@ -107,6 +151,7 @@ class TrainArguments:
     seq_len: int = _option(2048, "Tokens per packed sequence.")
     warmup_steps: int = _option(0, "Steps of linear warm-up.")
     weight_decay: float = _option(0.0, "AdamW weight decay.")
+    adam_beta2: float = _option(0.999, "AdamW's decay of the squared gradients' mean.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm.")
     seed: int = _option(42, "Seed of the data order.")
     device: str = _option("cpu", "cpu or cuda.")
@@ -132,7 +177,16 @@ class TrainArguments:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
-        find_loss(self.loss)
+        check_choice("lr-scheduler", self.lr_scheduler, SCHEDULERS)
+        parse_layers(self.loss_layers)
+        loss = self.to_loss()
+        if self.teacher_logits and loss.watches():
+            raise ConfigError(
+                f"--teacher-logits: serves logits and label+logits, not {self.loss}, which compares"
+                " the blocks of a loaded teacher"
+            )
+        if self.teacher_logits and not loss.needs_teacher:
+            raise ConfigError(f"--teacher-logits: loss {self.loss} has no use for them; leave it")
         for name in (
             "batch_size",
             "grad_accum",
@@ -146,11 +200,18 @@ class TrainArguments:
             check_number(name.replace("_", "-"), getattr(self, name), 0)
         for name in ("lr", "epochs", "weight_decay", "max_grad_norm"):
             check_number(name.replace("_", "-"), getattr(self, name), 0, whole=False)
+        check_number("adam-beta2", self.adam_beta2, 0, whole=False)
+        if self.adam_beta2 >= 1:
+            raise ConfigError(f"--adam-beta2: {self.adam_beta2} must be below 1")
         check_number("seq-len", self.seq_len, 2)
         if self.steps is not None:
             check_number("steps", self.steps, 1)
         if self.lr == 0 or (self.steps is None and self.epochs == 0):
             raise ConfigError("--lr, --epochs: 0 trains nothing; give positive numbers")
+
+    def to_loss(self) -> Loss:
+        """The loss with its weights; ConfigError for terms and weights that do not fit."""
+        return find_loss(self.loss, parse_weights(self.loss_weights))
 
     def identity(self) -> dict[str, Any]:
         """The options that decide the result of a run: a resumed run must have the same."""
@@ -160,6 +221,8 @@ class TrainArguments:
         """These options by their transformers names, for `training_arguments`."""
         return {
             "learning_rate": self.lr,
+            "lr_scheduler_type": self.lr_scheduler,
+            "adam_beta2": self.adam_beta2,
             "max_steps": -1 if self.steps is None else self.steps,
             "num_train_epochs": self.epochs,
             "per_device_train_batch_size": self.batch_size,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import llmqat_kernels as qk
 from llmqat.nn import QATLinear
+from llmqat.train import sharding
 from llmqat_kernels.nn import GatedRows, QuantizedRows
 from llmqat_kernels.spec.quantize import qmax
 
@@ -85,7 +86,8 @@ class HealthMonitor:
 
     each followed by `/<group>` for one group. Activations are those seen under `watch()`. The codes
     are the layers' own (`QATLinear.weight_codes`), which the next forward uses anyway; one int8
-    copy of all is kept.
+    copy of all is kept. Of several processes each counts its rows of a sharded weight and its
+    batches, and all report the sums.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,11 +99,14 @@ class HealthMonitor:
 
     def reset(self) -> None:
         """Take the present codes as those of the previous report; forget the activations seen."""
-        self._codes = {name: layer.weight_codes()[0] for name, layer in self._quantized_weights()}
+        self._codes = {}
+        for name, layer in self._quantized_weights():
+            with sharding.local_weight(layer):
+                self._codes[name] = layer.weight_codes()[0]
         self._activations = _empty()
 
     def _quantized_weights(self) -> Iterator[tuple[str, QATLinear]]:
-        return ((name, layer) for name, layer in self.layers.items() if layer.spec.weight.enabled)
+        return ((name, layer) for name, layer in self.layers.items() if layer.spec.weight.has_codes)
 
     @contextmanager
     def watch(self, active: bool = True) -> Iterator[None]:
@@ -122,7 +127,7 @@ class HealthMonitor:
             if isinstance(x, GatedRows):
                 parts = GatedRows(*(part.detach() for part in x))
                 x = parts.quantize(spec.activation.bits, values=spec.ste_clip is not None)
-            if spec.activation.enabled:
+            if spec.activation.has_codes and spec.activation.group_size == -1:
                 if isinstance(x, QuantizedRows):
                     x, codes, _ = x
                 else:
@@ -145,20 +150,31 @@ class HealthMonitor:
         previous, self._codes = self._codes, {}
         for name, layer in self._quantized_weights():
             group, spec = _group(name), layer.spec
-            codes = layer.weight_codes()[0]
-            self._codes[name] = codes
-            if name in previous:
-                _add(counts, "flipped", group, flipped(previous[name], codes))
-            _add(counts, "weight_saturated", group, saturated(codes, spec.weight.bits))
-            if spec.ste_clip is not None:
-                _add(counts, "weight_clipped", group, clipped(layer.weight, spec.ste_clip))
+            with sharding.local_weight(layer) as weight:
+                codes = layer.weight_codes()[0]
+                self._codes[name] = codes
+                if name in previous:
+                    _add(counts, "flipped", group, flipped(previous[name], codes))
+                _add(counts, "weight_saturated", group, saturated(codes, spec.weight.bits))
+                if spec.ste_clip is not None:
+                    _add(counts, "weight_clipped", group, clipped(weight, spec.ste_clip))
         counts |= self._activations
         self._activations = _empty()
+        _add_processes(counts)
         return {
             f"health/{metric}/{group}".rstrip("/"): count.share
             for metric, groups in counts.items()
             for group, count in groups.items()
         }
+
+
+def _add_processes(counts: Counts) -> None:
+    """Add the counts of the other processes: their rows of the weights, their batches."""
+    flat = [count for groups in counts.values() for count in groups.values()]
+    table = torch.tensor([(count.hits, count.total) for count in flat], dtype=torch.int64)
+    sharding.sum_over_processes(table)
+    for count, (hits, total) in zip(flat, table.tolist(), strict=True):
+        count.hits, count.total = hits, total
 
 
 def _group(name: str) -> str:

@@ -9,9 +9,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmqat import io
 
-__all__ = ["CURVE_COLUMNS", "MetricsLog", "read_metrics", "write_curve"]
+__all__ = ["CURVE_COLUMNS", "MetricsLog", "TermMeans", "read_metrics", "write_curve"]
 
 CURVE_COLUMNS = (
     "step",
@@ -67,6 +69,29 @@ class MetricsLog:
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, allow_nan=False) + "\n"
+
+
+class TermMeans:
+    """Means of a loss's terms over the micro-batches (and processes) since they were last taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Count one micro-batch: fp32 scalars by name, without gradient."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def take(self, accelerator: Any) -> dict[str, float]:
+        """The means as "loss/<term>", and begin anew; every process has to call it."""
+        means = {
+            f"loss/{name}": float(accelerator.gather(total.reshape(1)).mean()) / self._count
+            for name, total in self._sums.items()
+        }
+        self._sums, self._count = {}, 0
+        return means
 
 
 def write_curve(entries: list[dict[str, Any]], path: Path) -> None:

@@ -7,10 +7,12 @@ whether it is finished.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import platform
 import sys
+from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +27,10 @@ from llmqat.checkpoint import save_pretrained
 from llmqat.config import QATConfig
 from llmqat.convert import prepare, state_of
 from llmqat.data.dataset import PackedDataset
+from llmqat.data.teacher import teacher_digest
+from llmqat.data.teacher_logits import TeacherLogits
 from llmqat.errors import CheckpointError, ConfigError
+from llmqat.nn.linear import initialize_scales
 from llmqat.runtime.loading import (
     has_tokenizer,
     load_model,
@@ -33,8 +38,8 @@ from llmqat.runtime.loading import (
     parse_device,
     set_threads,
 )
+from llmqat.train import sharding
 from llmqat.train.arguments import TrainArguments
-from llmqat.train.losses import find_loss
 from llmqat.train.metrics import read_metrics
 from llmqat.train.trainer import METRICS, QATTrainer, training_arguments
 
@@ -75,24 +80,37 @@ def load_plain(role: str, folder: str, dtype: torch.dtype) -> nn.Module:
 def train(arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
     """Run or resume a training; returns what `llmqat_run.json` says at its end.
 
+    Of several processes (`accelerate launch`, `torchrun`) the first holds the lock, writes and
+    returns the finished record; in the others it is still `running`.
+
     Raises:
         ConfigError: options that contradict each other or the run being resumed; a folder with
         another run. CheckpointError, DataError: unreadable model or data.
         RuntimeError: the loss is not finite.
     """
     device = parse_device(arguments.device)
+    sharding.join(device)
     set_threads(arguments.threads)
-    output = io.make_dir(arguments.output)
-    with io.Lock(output / _LOCK):
-        record = _open_record(output, arguments, config)
+    output = Path(arguments.output)
+    with ExitStack() as lock:
+
+        def open_run() -> dict[str, Any]:
+            io.make_dir(output)
+            lock.enter_context(io.Lock(output / _LOCK))
+            return _open_record(output, arguments, config)
+
+        record = sharding.from_first(open_run)
         if record["status"] == _COMPLETE:
-            logger.warning(
-                "%s is complete already (%s steps); nothing to do", output, record.get("steps")
-            )
+            if sharding.is_first():
+                logger.warning(
+                    "%s is complete already (%s steps); nothing to do", output, record.get("steps")
+                )
             return record
-        announce_backend(device)
+        if sharding.is_first():
+            announce_backend(device)
         trainer = _build(arguments, config, device, record, output)
-        io.write_json(output / RUN_FILE, record)
+        if sharding.is_first():
+            io.write_json(output / RUN_FILE, record)
         trainer.train(resume_from_checkpoint=arguments.resume)
         _finish(trainer, record, output, arguments.model)
         return record
@@ -107,7 +125,13 @@ def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> 
             raise ConfigError(
                 f"--output: {output} has checkpoints but no {RUN_FILE}; choose an empty folder"
             )
-        return {"format": 1, "command": "train", "status": _RUNNING, **identity}
+        return {
+            "format": 1,
+            "command": "train",
+            "status": _RUNNING,
+            "processes": sharding.processes(),
+            **identity,
+        }
     if not arguments.resume:
         raise ConfigError(
             f"--output: {output} holds a run already; go on with --resume, or choose another folder"
@@ -118,6 +142,7 @@ def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> 
         record["status"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged; choose another folder") from error
+    before = {**_defaults(), **before}
     for name, value in {**identity["arguments"], **identity["config"]}.items():
         if name not in before or before[name] != value:
             option = name.replace("_", "-")
@@ -125,7 +150,19 @@ def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> 
                 f"--{option}: {value!r}, but the run in {output} has {before.get(name)!r};"
                 " resume with the same options"
             )
+    started_with = record.get("processes", 1)
+    if record["status"] != _COMPLETE and started_with != sharding.processes():
+        raise ConfigError(
+            f"--output: the run in {output} has {started_with} processes, which decides its"
+            f" batches; resume with as many, not {sharding.processes()}"
+        )
     return dict(record)
+
+
+def _defaults() -> dict[str, Any]:
+    """What an option means in a record that was written before the option existed."""
+    fields = (*dataclasses.fields(TrainArguments), *dataclasses.fields(QATConfig))
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def _build(
@@ -144,12 +181,16 @@ def _build(
         )
     is_text = not Path(arguments.data).is_dir()
     tokenizer = load_tokenizer(arguments.model) if is_text else None
+    saved = _saved_teacher(arguments, vocab) if arguments.teacher_logits else None
     data = PackedDataset.from_path(
         arguments.data,
         arguments.seq_len,
         seed=arguments.seed,
         tokenizer=tokenizer,
         vocab_size=vocab,
+        # The saved teacher saw every record alone: the student has to see no other one either.
+        position_ids=saved is not None,
+        targets=saved,
     )
     if (
         record.setdefault(
@@ -163,8 +204,11 @@ def _build(
     record["versions"] = _versions()
     settings = arguments.to_trainer(use_cpu=device.type == "cpu", report_to=_tracker())
     prepare(student, config, fused=arguments.fused)
+    if config.a_quantizer == "lsq":
+        initialize_scales(student, torch.as_tensor(data[0]["input_ids"]).unsqueeze(0))
     teacher = None
-    if find_loss(arguments.loss).needs_teacher:
+    loss = arguments.to_loss()
+    if loss.needs_teacher and saved is None:
         dtype = getattr(torch, arguments.dtype)
         teacher = load_plain("teacher", arguments.teacher or arguments.model, dtype)
     return QATTrainer(
@@ -172,16 +216,30 @@ def _build(
         training_arguments(str(output), **settings),
         data,
         teacher=teacher,
-        loss=arguments.loss,
+        loss=loss.name,
+        loss_weights=loss.weights,
+        loss_layers=arguments.loss_layers,
         chunk_size=arguments.chunk_size,
         health_steps=arguments.health_steps,
     )
 
 
+def _saved_teacher(arguments: TrainArguments, vocab_size: int) -> TeacherLogits:
+    if not Path(arguments.data).is_dir():
+        raise ConfigError(
+            f"--teacher-logits: --data {arguments.data} is a file; name a folder of generated"
+            " records"
+        )
+    saved = TeacherLogits(arguments.data)
+    saved.check(vocab_size, teacher_digest(arguments.teacher) if arguments.teacher else None)
+    return saved
+
+
 def _finish(trainer: QATTrainer, record: dict[str, Any], output: Path, model_folder: str) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sharding.gather(model)
     if not trainer.is_world_process_zero():
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer = model_folder if has_tokenizer(model_folder) else None
     save_pretrained(model.eval(), output, tokenizer=tokenizer)
     entries = read_metrics(output / METRICS)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,19 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from llmqat.errors import ConfigError
-from llmqat.train import resume
+from llmqat.models.heads import last_hidden, plain_head
+from llmqat.train import resume, sharding
 from llmqat.train.health import HealthMonitor
-from llmqat.train.losses import IGNORED_LABEL, LossInputs, find_loss
-from llmqat.train.metrics import MetricsLog, read_metrics, write_curve
+from llmqat.train.losses import IGNORED_LABEL, Loss, LossInputs, find_loss
+from llmqat.train.metrics import MetricsLog, TermMeans, read_metrics, write_curve
+from llmqat.train.observe import BlockObserver, BlockState, parse_layers
 
 __all__ = ["CURVE", "METRICS", "QATTrainer", "training_arguments"]
 
 METRICS = "metrics.jsonl"
 CURVE = "training_curve.csv"
-_LOGIT_TRANSFORMS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-)
-"""Configuration names that make a model's logits more than `head(hidden)`."""
+SAVED_TOKENS, SAVED_PROBABILITIES = "teacher_tokens", "teacher_probabilities"
+"""Keys of items that carry a saved teacher: int64 and float [T, k] (`PackedDataset.targets`)."""
 
 
 def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
@@ -64,6 +61,7 @@ def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
         "remove_unused_columns": False,
         "report_to": "none",
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_find_unused_parameters": False,  # every parameter is used, the head outside a forward
     }
     return TrainingArguments(output_dir=output_dir, **{**settings, **changes})
 
@@ -76,11 +74,13 @@ class QATTrainer(Trainer):
             autocast on top).
         args: see :func:`training_arguments`. `save_total_limit` counts complete checkpoints.
         train_dataset: items with `input_ids` [T] and optionally `attention_mask`, `position_ids`,
-            `labels` [T].
+            `labels` [T]; with `teacher_tokens` and `teacher_probabilities` [T, k] they are the
+            teacher.
         teacher: full-precision model with the same vocabulary, or None for a loss without one. It
             is put in evaluation mode, takes no gradient, is never part of the student and is never
             saved.
-        loss: a name in `losses.LOSSES`.
+        loss, loss_weights: terms of `losses.TERMS` joined by "+", and their weights (1 each).
+        loss_layers: decoder blocks that "hidden" and "attention" compare: "all", "last" or numbers.
         chunk_size: tokens whose logits exist at one time.
         health_steps: steps between health reports; 0 for none.
 
@@ -97,11 +97,14 @@ class QATTrainer(Trainer):
         *,
         teacher: nn.Module | None = None,
         loss: str = "logits",
+        loss_weights: Sequence[float] | None = None,
+        loss_layers: str = "all",
         chunk_size: int = 1024,
         health_steps: int = 10,
         **options: Any,
     ) -> None:
-        self.loss = find_loss(loss)
+        self.loss = find_loss(loss, loss_weights)
+        layers = parse_layers(loss_layers)
         if chunk_size < 1 or health_steps < 0:
             raise ConfigError("chunk_size: must be at least 1; health_steps: at least 0")
         if args.fp16:
@@ -111,22 +114,30 @@ class QATTrainer(Trainer):
                 "device: several GPUs in one process; use torchrun or CUDA_VISIBLE_DEVICES"
             )
         _check_student(model)
-        if self.loss.needs_teacher:
-            if teacher is None:
-                raise ConfigError(
-                    f"teacher: loss {loss} needs one; give a model, or use loss label"
-                )
+        if not self.loss.needs_teacher:
+            teacher = None
+        elif SAVED_TOKENS in train_dataset[0]:
+            _check_saved(self.loss, teacher)
+        elif teacher is None:
+            raise ConfigError(f"teacher: loss {loss} needs one; give a model, or use loss label")
+        else:
             _check_pair(model, teacher)
+        self._observers: list[BlockObserver] = []
+        if teacher is not None and self.loss.watches():
+            self._observers = _observe(self.loss, model, teacher, layers)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **options)
         # The loss is a mean over tokens: the Trainer itself has to divide by the number of micro-
         # batches.
         self.model_accepts_loss_kwargs = False
-        self.teacher = teacher if self.loss.needs_teacher else None
+        self.teacher = teacher
         if self.teacher is not None:
-            self.teacher.to(args.device).eval().requires_grad_(False)
+            sharding.place_teacher(self.teacher.eval().requires_grad_(False), self.accelerator)
+        if self._sharded:
+            sharding.forget_codes(model)
         self.chunk_size = chunk_size
         self.health_steps = health_steps
         self.health = HealthMonitor(model)
+        self._term_means = TermMeans()
         self.metrics_log = MetricsLog(Path(args.output_dir) / METRICS)
         self._compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
         self._seconds_before = 0.0
@@ -135,6 +146,14 @@ class QATTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_Progress)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The library's accelerator, sharding fp32 masters where it shards."""
+        sharding.allow_cpu()
+        super().create_accelerator_and_postprocess()
+        self._sharded = sharding.is_sharded(self.accelerator)
+        if self._sharded:
+            sharding.use_masters(self.accelerator)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, **options: Any
@@ -146,7 +165,8 @@ class QATTrainer(Trainer):
             RuntimeError: the loss or the gradient norm is not finite.
         """
         if resume_from_checkpoint is True:
-            newest = resume.newest_complete(Path(self.args.output_dir))
+            output = Path(self.args.output_dir)
+            newest = sharding.from_first(lambda: resume.newest_complete(output))
             resume_from_checkpoint = str(newest) if newest else None
         elif resume_from_checkpoint:
             resume.complete_or_raise(Path(resume_from_checkpoint))
@@ -165,29 +185,49 @@ class QATTrainer(Trainer):
         """The loss of one micro-batch, fp32 []: mean over its valid tokens."""
         inputs = dict(inputs)
         input_ids, labels = inputs["input_ids"], inputs.pop("labels", None)
+        saved = None
+        if SAVED_TOKENS in inputs:
+            saved = inputs.pop(SAVED_PROBABILITIES).float(), inputs.pop(SAVED_TOKENS)
         mask = inputs.get("attention_mask")
         labels = input_ids if labels is None else labels
         student = self.accelerator.unwrap_model(model)
-        with self.health.watch(self.is_health_step(self.state.global_step + 1)):
-            hidden = _last_hidden(model, student, inputs)
+        with (
+            self.health.watch(self.is_health_step(self.state.global_step + 1)),
+            self._watch(0) as student_blocks,
+            # The library autocasts inside the model's own forward, except that of a sharded one.
+            self.accelerator.autocast() if self._sharded else nullcontext(),
+        ):
+            hidden = last_hidden(model, inputs, student)
         teacher_hidden = teacher_head = None
+        teacher_blocks: list[BlockState] = []
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = _last_hidden(self.teacher, self.teacher, inputs)
-            teacher_head = self.teacher.get_output_embeddings().weight
+            with torch.no_grad(), self._watch(1) as teacher_blocks:
+                teacher_hidden = last_hidden(self.teacher, inputs)
+                teacher_head = sharding.head_weight(self.teacher.get_output_embeddings())
             teacher_hidden = teacher_hidden.to(teacher_head.dtype)
-        loss = self.loss.compute(
+        loss, parts = self.loss.compute(
             LossInputs(
                 student_hidden=hidden.to(self._compute_dtype),
-                student_head=student.get_output_embeddings().weight.to(self._compute_dtype),
+                student_head=sharding.head_weight(student.get_output_embeddings()).to(
+                    self._compute_dtype
+                ),
                 teacher_hidden=teacher_hidden,
                 teacher_head=teacher_head,
                 labels=labels if mask is None else labels.masked_fill(mask == 0, IGNORED_LABEL),
                 valid=None if mask is None else mask.bool(),
                 chunk_size=self.chunk_size,
+                saved=saved,
+                student_blocks=student_blocks,
+                teacher_blocks=teacher_blocks,
             )
         )
+        if len(parts) > 1 and model.training:
+            self._term_means.add(parts)
         return (loss, {}) if return_outputs else loss
+
+    def _watch(self, role: int) -> AbstractContextManager[list[BlockState]]:
+        """The compared blocks of the student (0) or teacher (1) during a forward."""
+        return self._observers[role].watch() if self._observers else nullcontext([])
 
     def is_health_step(self, step: int) -> bool:
         """Whether step `step` (from 1) reports health.
@@ -209,6 +249,7 @@ class QATTrainer(Trainer):
                     raise RuntimeError(
                         f"{name} is {logs[name]} at step {step}; lower the learning rate"
                     )
+            logs |= self._term_means.take(self.accelerator)
             if self.is_health_step(step):
                 logs |= self.health.report()
         super().log(logs, start_time)
@@ -276,7 +317,7 @@ class _Progress(ProgressCallback):
 
 
 def _check_student(model: nn.Module) -> None:
-    _plain_head("student", model)
+    plain_head("student", model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             dtype = str(parameter.dtype).removeprefix("torch.")
@@ -288,7 +329,7 @@ def _check_student(model: nn.Module) -> None:
 
 def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
     own, other = (
-        _plain_head(role, model) for role, model in (("student", student), ("teacher", teacher))
+        plain_head(role, model) for role, model in (("student", student), ("teacher", teacher))
     )
     if teacher is student or own.weight is other.weight:
         raise ConfigError("teacher: shares its weights with the student; load it a second time")
@@ -299,38 +340,29 @@ def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def _plain_head(role: str, model: nn.Module) -> nn.Linear:
-    """The head, where `logits == head(last hidden states)`: the loss works on its two operands."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise ConfigError(f"{role}: {type(model).__name__} has no plain linear head (without bias)")
-    config = getattr(model, "config", None)
-    for name in _LOGIT_TRANSFORMS:
-        if getattr(config, name, None) is not None:
-            raise ConfigError(
-                f"{role}: {name} changes the logits after the head; such a model is not supported"
-            )
-    return head
+def _check_saved(loss: Loss, teacher: nn.Module | None) -> None:
+    """A saved teacher has its probabilities and nothing else."""
+    if teacher is not None:
+        raise ConfigError("teacher: the data has a saved one already; give only one of them")
+    if loss.watches():
+        raise ConfigError(
+            f"loss: {loss.name} compares the blocks of a loaded teacher; saved teacher logits serve"
+            " logits and label+logits"
+        )
 
 
-def _last_hidden(model: nn.Module, inner: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Hidden states before the head, [B, T, H]; `model` may be a distributed wrapper of `inner`."""
-    with _without_head(inner.get_output_embeddings()):
-        hidden = model(**inputs, use_cache=False).logits
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-@contextmanager
-def _without_head(head: nn.Linear) -> Iterator[None]:
-    """Let `head` hand on its input.
-
-    The wrappers that gradients are synchronised and autocast by only act on the model's own
-    forward, so the hidden states have to come out of that one.
-    """
-    head.forward = lambda hidden: hidden  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del head.forward
+def _observe(
+    loss: Loss, student: nn.Module, teacher: nn.Module, layers: tuple[int, ...] | None
+) -> list[BlockObserver]:
+    watched = {"hidden": loss.watches("hidden"), "attention": loss.watches("query")}
+    observers = [
+        BlockObserver(role, model, layers, **watched)
+        for role, model in (("student", student), ("teacher", teacher))
+    ]
+    own, other = map(len, observers)
+    if own != other:
+        raise ConfigError(
+            f"loss: {loss.name} compares every block, but the student has {own} and the teacher"
+            f" {other}; choose blocks with --loss-layers"
+        )
+    return observers

@@ -225,7 +225,7 @@ CONFIG_ATTACKS = {
     "model_file": config("model_file", "evil.py"),
     "trust_remote_code": config("trust_remote_code", True),
     "model_type missing": config("model_type", ...),
-    "model_type other": config("model_type", "gpt2"),
+    "model_type other": config("model_type", "gemma"),
     "model_type a list": config("model_type", ["llama"]),
     "architectures other": config("architectures", ["EvilForCausalLM"]),
     "hidden_size missing": config("hidden_size", ...),

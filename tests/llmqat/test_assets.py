@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmqat.demo import assets
 from llmqat.errors import CheckpointError, DataError
 from llmqat.eval.perplexity import encode_text_file, perplexity
+from llmqat.experiments.texts import SOTU
 from llmqat.io import sha256_file
 
 
@@ -79,7 +80,7 @@ def test_requirements_file_agrees():
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     with open(os.path.join(root, "requirements-demo.txt"), encoding="utf-8") as file:
         lines = [line.split("#")[0].strip() for line in file]
-    wanted = {assets.SMOLLM2.requirement, assets.WIKIPEDIA.requirement}
+    wanted = {assets.SMOLLM2.requirement, assets.WIKIPEDIA.requirement, SOTU[1]}
     assert {line for line in lines if line} == wanted
 
 

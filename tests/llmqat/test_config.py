@@ -114,3 +114,65 @@ def test_packable(setting):
 def test_not_packable(setting, field):
     with pytest.raises(ConfigError, match=field):
         QATConfig.parse(setting).check_packable()
+
+
+def test_defaults_of_the_later_fields_are_todays_behaviour():
+    old = {"w_bits": 4, "a_bits": 8, "kv_bits": 4, "kv_mode": "paper", "group_size": -1}
+    old |= {"weight_scale_dtype": "bfloat16", "ste_clip": None}
+    config = QATConfig.from_dict(old)
+    assert config == QATConfig.parse("4-8-4")
+    assert config.to_record() == old
+    changed = QATConfig.parse("4-4-4", a_group_size=1)
+    assert changed.to_record() == {**old, "a_bits": 4, "a_group_size": 1}
+    assert QATConfig.from_dict(changed.to_record()) == changed
+
+
+@pytest.mark.parametrize(
+    ("setting", "fields", "field"),
+    [
+        ("4-8-4", {"w_quantizer": "lsq"}, "w_quantizer"),
+        ("4-8-4", {"a_quantizer": "statsq"}, "a_quantizer"),
+        ("4-8-4", {"kv_quantizer": None}, "kv_quantizer"),
+        ("4-8-4", {"numerics": "paper"}, "numerics"),
+        ("4-8-4", {"a_group_size": 0}, "a_group_size"),
+        ("4-8-4", {"a_group_size": True}, "a_group_size"),
+        ("4-8-4", {"a_group_size": 4, "a_group_axis": "token"}, "a_group_axis"),
+        ("4-8-4", {"a_group_axis": "channel_per_token"}, "a_group_axis"),
+        ("4-16-4", {"a_group_size": 4}, "a_group_size"),
+        ("4-4-4", {"a_group_size": 4, "a_quantizer": "lsq"}, "a_group_size"),
+        ("4-4-4", {"a_group_size": 4, "numerics": "official"}, "a_group_size"),
+        ("16-8-4", {"w_quantizer": "asymmetric"}, "w_quantizer"),
+        ("4-16-4", {"a_quantizer": "lsq"}, "a_quantizer"),
+        ("4-8-16", {"kv_quantizer": "asymmetric"}, "kv_quantizer"),
+        ("4-8-4", {"numerics": "official", "w_quantizer": "statsq"}, "w_quantizer"),
+        ("4-8-4", {"numerics": "official", "a_quantizer": "lsq"}, "a_quantizer"),
+        ("4-8-4", {"numerics": "official", "group_size": 32}, "group_size"),
+    ],
+)
+def test_impossible_combinations(setting, fields, field):
+    with pytest.raises(ConfigError) as excinfo:
+        QATConfig.parse(setting, **fields)
+    assert message(excinfo).startswith(field)
+
+
+def test_official_numerics_cut_gradients_at_two_and_quantize_16_bits():
+    config = QATConfig.parse("4-16-32", numerics="official", a_quantizer="asymmetric")
+    assert config.ste_clip == 2.0 and config.activation.enabled and not config.kv.enabled
+    assert not config.activation.has_codes and not config.weight.has_codes
+    assert QATConfig.parse("4-8-4", numerics="official", ste_clip=1e9).ste_clip == 1e9
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"w_quantizer": "asymmetric"},
+        {"a_quantizer": "lsq"},
+        {"kv_quantizer": "asymmetric"},
+        {"numerics": "official"},
+        {"a_group_size": 4},
+    ],
+)
+def test_comparisons_are_never_packed(fields):
+    with pytest.raises(ConfigError) as excinfo:
+        QATConfig.parse("4-4-4", **fields).check_packable()
+    assert message(excinfo).startswith(next(iter(fields)))

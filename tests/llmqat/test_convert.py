@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import random_tokens, tiny_llama
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM, LlamaModel
 
 import llmqat
 from llmqat.config import QATConfig
@@ -123,18 +123,19 @@ def test_wrong_order_is_an_error():
 
 
 def test_unsupported_models_are_named():
-    mistral = MistralForCausalLM(
-        MistralConfig(
+    gemma = GemmaForCausalLM(
+        GemmaConfig(
             vocab_size=32,
             hidden_size=16,
             intermediate_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
             num_key_value_heads=1,
+            head_dim=8,
         )
     )
-    with pytest.raises(ConfigError, match=r"MistralForCausalLM.*supported: LlamaForCausalLM"):
-        prepare(mistral, W4A8KV4)
+    with pytest.raises(ConfigError, match=r"GemmaForCausalLM.*supported: LlamaForCausalLM"):
+        prepare(gemma, W4A8KV4)
     with pytest.raises(ConfigError, match="LlamaModel"):
         prepare(LlamaModel(tiny_llama().config), W4A8KV4)
     with pytest.raises(ConfigError, match="Linear"):

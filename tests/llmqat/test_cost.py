@@ -6,7 +6,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
-from llmqat.eval.cost import GIB, ModelShape, cost, kv_bytes_per_token, macs, ops, weight_bytes
+from llmqat.eval.cost import (
+    GIB,
+    ModelShape,
+    cost,
+    kv_bytes_per_token,
+    macs,
+    ops,
+    training_bytes,
+    weight_bytes,
+)
+from llmqat.models.shapes import find_shape
 from llmqat_kernels.errors import InvalidArgument
 
 
@@ -72,6 +82,35 @@ def test_similar_operations_of_13b_w4a8_and_7b_w8a8():
     assert small == pytest.approx(8.488e14, rel=1e-4)
 
 
+def test_figures_as_the_paper_prints_them():
+    """Sizes in "GB" (GiB) with one digit, operations of figure 1 with two."""
+    sizes = [weight_bytes(MODELS["7B"], QATConfig(bits, 8, 16)).total / GIB for bits in (16, 8, 4)]
+    assert [round(size, 1) for size in sizes] == [12.6, 6.5, 3.5]
+    settings = (("13B", "4-8-16"), ("7B", "8-8-16"))
+    counted = [ops(MODELS[model], QATConfig.parse(setting)) for model, setting in settings]
+    assert [f"{count:.1e}" for count in counted] == ["8.3e+14", "8.5e+14"]
+
+
+def test_speedups_of_figure_4():
+    """A100 days of 5 million inferences of 30B: full precision, PTQ 8-8-8, LLM-QAT 4-8-8."""
+    days = {"16-16-16": 4280, "8-8-8": 2743, "4-8-8": 586}
+    assert round(days["16-16-16"] / days["8-8-8"], 2) == 1.56
+    assert round(days["16-16-16"] / days["4-8-8"], 1) == 7.3
+    # They are assumptions: operations alone would allow 4 and 8, weight bytes 2.0 and 3.8.
+    counts = [ops(MODELS["30B"], QATConfig.parse(setting)) for setting in days]
+    assert [counts[0] / count for count in counts] == [1, 4, 8]
+    sizes = [weight_bytes(MODELS["30B"], QATConfig.parse(setting)).total for setting in days]
+    assert [round(sizes[0] / size, 1) for size in sizes] == [1.0, 2.0, 3.8]
+
+
+@pytest.mark.parametrize("name", ["7B", "13B", "30B", "65B", "Llama-2-70B", "Llama-3-8B"])
+def test_named_shapes_are_the_same_models(name):
+    known = name.lower() if name.startswith("L") else f"llama-{name.lower()}"
+    assert ModelShape.from_config(find_shape(known).config()) == ModelShape.from_config(
+        MODELS[name]
+    )
+
+
 def test_attention_and_head_are_counted_at_their_own_bits():
     config, qat = MODELS["7B"], QATConfig.parse("4-8-4")
     base = macs(config)
@@ -130,6 +169,23 @@ def test_parameters_agree_with_the_model(tied):
     layer = dict(model.model.layers[0].named_modules())
     found = {n.split(".")[-1]: tuple(m.weight.shape) for n, m in layer.items() if "_proj" in n}
     assert shapes == found
+
+
+def test_training_bytes():
+    """Shards: 16 bytes a parameter for the student, 2 for the teacher."""
+    config = MODELS["30B"]
+    parameters = weight_bytes(config, QATConfig(32, 32, 32), float_bits=32).total // 4
+    one, eight = training_bytes(config, 1), training_bytes(config, 8)
+    assert one.shards == 18 * parameters
+    assert eight.shards == pytest.approx(one.shards / 8, rel=1e-9)
+    assert (eight.student, eight.optimizer) == (eight.gradients, 2 * eight.gradients)
+    assert one.gathered == eight.gathered
+    assert eight.total == eight.shards + eight.gathered
+    # The table of docs/distributed.md.
+    totals = [training_bytes(MODELS[name], 8).total / GIB for name in ("7B", "13B", "30B")]
+    assert [round(total, 1) for total in totals] == [18.4, 33.5, 78.1]
+    with pytest.raises(InvalidArgument, match="processes"):
+        training_bytes(config, 0)
 
 
 def test_groups_and_odd_columns():

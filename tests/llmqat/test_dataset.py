@@ -305,3 +305,28 @@ def test_mutated_parquet(tmp_path: Path) -> None:
             refused += 1
             assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 250
+
+
+class _Targets:
+    """One row for each token, or for one less."""
+
+    fingerprint = "x"
+
+    def __init__(self, lengths, short=0):
+        self.lengths, self.short = lengths, short
+
+    def rows(self, document):
+        count = self.lengths[document] - self.short
+        return {"target": np.arange(count, dtype=np.int32)[:, None] + 100 * document}
+
+
+def test_targets_stand_beside_their_tokens():
+    """Token t of document d is 100 d + t here, and so is its target; empty documents have none."""
+    lengths = [5, 0, 9, 1, 6]
+    documents = [100 * d + np.arange(n) for d, n in enumerate(lengths)]
+    dataset = PackedDataset(documents, 4, seed=2, targets=_Targets(lengths), drop_tail=False)
+    for item in dataset:
+        assert item["target"].dtype == torch.int64
+        assert torch.equal(item["target"][:, 0], item["input_ids"])
+    with pytest.raises(DataError, match=r"document \d: \d tokens but \d rows of target"):
+        PackedDataset(documents, 4, targets=_Targets(lengths, short=1))[0]

@@ -269,3 +269,11 @@ def test_faults_put_the_real_functions_back() -> None:
     with Faults():
         assert os.write is not before["write"]
     assert {name: getattr(os, name) for name in STEPS} == before
+
+
+def test_the_descriptor_of_a_lock_is_known_while_it_is_held(tmp_path):
+    lock = io.Lock(tmp_path / ".lock")
+    with lock:
+        assert os.path.samestat(os.fstat(lock.fileno()), os.stat(tmp_path / ".lock"))
+    with pytest.raises(LockError, match="not held"):
+        lock.fileno()

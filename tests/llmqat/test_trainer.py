@@ -11,7 +11,7 @@ from llmqat.config import QATConfig
 from llmqat.convert import prepare, state_of
 from llmqat.errors import ConfigError
 from llmqat.train import QATTrainer, training_arguments
-from llmqat.train.losses import LOSSES, Loss
+from llmqat.train.losses import TERMS, Term, find_loss
 from llmqat.train.metrics import CURVE_COLUMNS, MetricsLog, read_metrics
 from tests.llmqat.tiny import random_tokens, tiny_llama
 from tests.llmqat.training import (
@@ -119,7 +119,7 @@ def test_padding_does_not_count(tmp_path):
     }
     trainer = build_trainer(tmp_path, data=[{"input_ids": ids}])
     for loss in ("logits", "label"):
-        trainer.loss = LOSSES[loss]
+        trainer.loss = find_loss(loss)
         with torch.no_grad():
             losses = [
                 trainer.compute_loss(trainer.model, {k: v[None] for k, v in item.items()})
@@ -140,8 +140,8 @@ def test_label_loss_needs_no_teacher(tmp_path):
 
 
 def test_a_diverged_run_stops_before_it_saves(tmp_path, monkeypatch):
-    nan = Loss("logits", lambda x: x.student_hidden.sum() * float("nan"), needs_teacher=True)
-    monkeypatch.setitem(LOSSES, "logits", nan)
+    nan = Term("logits", lambda x: x.student_hidden.sum() * float("nan"), needs_teacher=True)
+    monkeypatch.setitem(TERMS, "logits", nan)
     with pytest.raises(RuntimeError, match="loss is nan at step 1; lower the learning rate"):
         build_trainer(tmp_path, save_steps=1).train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -194,7 +194,14 @@ def _headless():
         (lambda: {"student": _headless()}, "student: .* has no plain linear head"),
         (lambda: {"teacher": _headless(), "student": tiny_llama()}, "teacher: .* no plain linear"),
         (lambda: {"teacher": tiny_llama(vocab=64), "student": tiny_llama()}, "vocabulary of 64"),
-        (lambda: {"loss": "hidden"}, "loss: 'hidden' is unknown"),
+        (lambda: {"loss": "kl"}, "loss: 'kl' is unknown"),
+        (lambda: {"loss": "hidden", "loss_layers": "2"}, r"student has blocks 0..1, got \[2\]"),
+        (lambda: {"loss": "hidden", "loss_layers": "x"}, "--loss-layers: 'x' is not supported"),
+        (lambda: {"loss": "hidden", "loss_layers": "1,1"}, "names a block twice"),
+        (
+            lambda: {"loss": "attention", "teacher": tiny_llama(layers=1), "student": tiny_llama()},
+            "the student has 2 and the teacher 1; choose blocks with --loss-layers",
+        ),
         (lambda: {"chunk_size": 0}, "chunk_size"),
         (lambda: {"fp16": True}, "float16"),
     ],

@@ -25,7 +25,14 @@ def build_trainer(
     student = student or prepare(copy.deepcopy(teacher), config)
     named = {
         name: options.pop(name)
-        for name in ("loss", "chunk_size", "health_steps", "callbacks")
+        for name in (
+            "loss",
+            "loss_weights",
+            "loss_layers",
+            "chunk_size",
+            "health_steps",
+            "callbacks",
+        )
         if name in options
     }
     settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "save_steps": 3}

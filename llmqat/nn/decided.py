@@ -1,0 +1,32 @@
+"""A prepared linear whose codes are chosen elsewhere: by GPTQ, or a checkpoint's own arithmetic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmqat.nn.linear import QATLinear, QuantizedLinear
+
+__all__ = ["DecidedLinear"]
+
+
+class DecidedLinear(QATLinear):
+    """It computes, and `convert` packs it to, exactly the codes it was given."""
+
+    @classmethod
+    def decide(cls, linear: QATLinear, codes: Tensor, scale: Tensor) -> None:
+        """Fix the codes of `linear` itself.
+
+        Args:
+            codes: int8 [N, K] in [-qmax, qmax]. scale: fp32 [N] or [N, K / group_size].
+        """
+        packed = QuantizedLinear.from_codes(codes, scale, linear.spec, bias=linear.bias)
+        linear.__class__ = cls
+        # Not a submodule: the model's tensors and their names stay as they are.
+        linear.__dict__["_packed"] = packed
+
+    def weight_codes(self) -> tuple[Tensor, Tensor]:
+        packed = self.__dict__["_packed"]
+        return packed.int8_codes(), packed.weight_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__dict__["_packed"](x)  # type: ignore[no-any-return]
