@@ -1,0 +1,1 @@
+"""Measurements of a model at work on this machine."""
