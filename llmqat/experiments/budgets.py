@@ -1,0 +1,135 @@
+"""Budgets: how much data, how many steps and which metrics; ``budgets.yaml`` as frozen records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from llmqat.errors import ConfigError
+
+SECTIONS = (
+    "generate", "calibrate", "smoothquant", "gptq", "awq", "zeroquant", "train", "evaluate",
+    "tasks",
+)  # fmt: skip
+METRICS = ("perplexity", "tasks")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One budget.
+
+    Attributes:
+        metrics: kinds of columns that are measured, of :data:`METRICS`.
+        sections: section, option, value; options of the commands, with underscores.
+        in_process: run stages in this process (start-up would dominate), not one each.
+    """
+
+    name: str
+    description: str
+    metrics: tuple[str, ...]
+    sections: Mapping[str, Mapping[str, Any]]
+    in_process: bool = False
+
+    def options(self, *names: str, **extra: Any) -> dict[str, Any]:
+        """The options of one or several sections, later ones winning, without nulls."""
+        merged: dict[str, Any] = {}
+        for name in names:
+            merged |= self.sections.get(name, {})
+        merged |= extra
+        return {k: v for k, v in merged.items() if v is not None and v is not False}
+
+    def override(self, changes: Mapping[str, Mapping[str, Any]]) -> Budget:
+        """This budget with other options in some sections.
+
+        Raises:
+            ConfigError: no such section.
+        """
+        for section in changes:
+            if section not in SECTIONS:
+                raise ConfigError(
+                    f"{section}: is not a section of a budget; use {', '.join(SECTIONS)}"
+                )
+        names = {*self.sections, *changes}
+        return replace(
+            self,
+            sections={n: {**self.sections.get(n, {}), **changes.get(n, {})} for n in names},
+        )
+
+
+@cache
+def load_budgets() -> dict[str, Budget]:
+    """The budgets by name.
+
+    Raises:
+        ConfigError: the file is wrong.
+    """
+    path = files("llmqat.experiments") / "budgets.yaml"
+    return {
+        name: parse_budget(name, values)
+        for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    }
+
+
+def parse_budget(name: str, values: Mapping[str, Any]) -> Budget:
+    """A budget from its part of the file.
+
+    Raises:
+        ConfigError: an unknown key, or a metric that is none.
+    """
+    known = ("description", "metrics", "in_process", *SECTIONS)
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"budget {name}: unknown key {key!r}; use {', '.join(known)}")
+    metrics = tuple(values.get("metrics", ()))
+    if not metrics or any(metric not in METRICS for metric in metrics):
+        raise ConfigError(f"budget {name}: metrics must be some of {', '.join(METRICS)}")
+    return Budget(
+        name=name,
+        description=values.get("description", ""),
+        metrics=metrics,
+        sections={key: dict(values[key]) for key in SECTIONS if key in values},
+        in_process=bool(values.get("in_process", False)),
+    )
+
+
+def find_budget(name: str) -> Budget:
+    """The budget of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    budgets = load_budgets()
+    if name not in budgets:
+        raise ConfigError(f"--budget: {name!r} is not a budget; use {', '.join(budgets)}")
+    return budgets[name]
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``["train.steps=256", "train.lr=1e-4"]`` as sections; values are YAML.
+
+    Raises:
+        ConfigError: a word of another form.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        section, dot, option = name.partition(".")
+        if not (equals and dot and section and option):
+            raise ConfigError(f"--set: {word!r} is not of the form train.steps=256")
+        changes.setdefault(section, {})[option.replace("-", "_")] = _scalar(value)
+    return changes
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,119 @@
+"""From cell records to a report, Markdown and pictures."""
+
+import json
+import math
+
+import pytest
+
+from llmqat import io
+from llmqat.commands.experiments import ReportArguments, run_report
+from llmqat.errors import DataError
+from llmqat.experiments.report import build, groups, summarize
+from llmqat.experiments.results import DONE, FAILED, value_of
+
+COLUMN = "perplexity/wikitext2"
+SHAPE = {
+    "layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64,
+    "vocab": 49152, "tied": True,
+}  # fmt: skip
+PPL = {"16-16-16-full": 20.0, "4-8-16-rtn": 40.0, "4-8-16-smoothquant": 38.0,
+       "4-8-16-llm-qat": 24.0, "8-8-16-rtn": 20.5, "8-8-16-smoothquant": 20.2,
+       "8-8-16-llm-qat": 20.4}  # fmt: skip
+
+
+def record(table, row, value, *, seed=0, error=None, kv_mode=None):
+    stage = {"name": f"eval-{row}", "hash": f"{table}{row}{seed}", "command": f"llmqat eval {row}",
+             "seconds": 2.0, "versions": {"torch": "2"}}  # fmt: skip
+    return {
+        "cell": f"{table}/{row}#{seed}", "table": table, "row": row, "kv_mode": kv_mode,
+        "seed": seed, "model": "m", "model_sha256": "d", "budget": "laptop",
+        "status": FAILED if error else DONE, "error": error,
+        "values": {} if error else {COLUMN: value}, "errors": {}, "stages": [stage],
+        "seconds": 2.0, "shape": SHAPE, "stand_ins": {"text wikitext2": "other prose"},
+        "overrides": ["train.steps=3"],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def records():
+    found = [record("table2", row, value) for row, value in PPL.items()]
+    found.append(record("table2", "4-8-16-llm-qat", 26.0, seed=1))
+    found.append(record("table2", "4-16-16-gptq", 0, error="gptq: it | broke"))
+    found.append(record("table8", "4-4-16-rtn", None))
+    return found
+
+
+@pytest.fixture
+def root(tmp_path, records):
+    for i, each in enumerate(records):
+        folder = io.make_dir(tmp_path / "cells" / "m" / "laptop" / each["table"])
+        io.write_json(folder / f"{i}.json", each)
+    return tmp_path
+
+
+def table(report, name):
+    return next(t for t in report["tables"] if t["name"] == name)
+
+
+def test_rows_settings_and_order(records):
+    report = build("m", "laptop", records)
+    grid = table(report, "table2")
+    rows = {row["key"]: row for row in grid["rows"]}
+    qat = rows["4-8-16-llm-qat"]["values"][COLUMN]
+    assert qat == {"mean": 25.0, "spread": pytest.approx(math.sqrt(2)), "seeds": 2}
+    assert rows["4-8-8-rtn"]["status"] == "not run"
+    assert rows["4-16-16-gptq"]["error"] == "gptq: it | broke"
+    first, second = grid["settings"]
+    assert (first["bits"], first["best_ptq"], first["best_ptq_method"]) == (
+        "4-8-16", 38.0, "SmoothQuant",
+    )  # fmt: skip
+    assert first["better"] and first["gap_closed"] == pytest.approx(0.75)
+    assert not second["better"]
+    order = {entry["model"]: entry for entry in grid["order"]}
+    assert order["LLaMA-7B"]["pairs"] <= 21 and order["LLaMA-7B"]["same"] > 10
+    assert rows["4-8-16-rtn"]["cost"]["ops"] * 2 == rows["8-8-16-rtn"]["cost"]["ops"]
+
+
+def test_infinite_perplexity_is_kept_apart(records):
+    report = build("m", "laptop", records)
+    rows = {row["key"]: row for row in table(report, "table8")["rows"]}
+    assert rows["4-4-16-rtn"]["values"][COLUMN] == {"mean": None, "spread": None, "seeds": 1}
+    assert summarize([]) is None and summarize([1.0])["spread"] is None
+
+
+def test_the_report_is_written(root, capsys):
+    run_report(ReportArguments(output=str(root), speed=["16-16-16=20", "4-8-8=110"]))
+    folder = root / "report" / "m-laptop"
+    assert str(folder / "report.md") in capsys.readouterr().out
+    text = (folder / "report.md").read_text()
+    for part in (
+        "| LLM-QAT | 4-8-16 | 25.00 ± 1.41 (2) | 10.9 | 7.4 |",
+        "failed: gptq: it / broke", "not run",
+        "text wikitext2: other prose", "train.steps=3", "LLM-QAT is better than the best",
+        "5.50x, measured", "inf",
+    ):  # fmt: skip
+        assert part in text, part
+    report = json.loads((folder / "report.json").read_text())
+    assert report["cells"] == {"done": 9, "failed": 1}
+    assert "llmqat eval 4-8-16-rtn\n" in (folder / "commands.txt").read_text()
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"table2.png", "figure1.png", "figure4.png"}
+
+
+def test_nothing_to_report(tmp_path, root):
+    with pytest.raises(DataError, match="no results; run llmqat experiments run"):
+        groups(tmp_path / "empty")
+    with pytest.raises(DataError, match="no results of other"):
+        run_report(ReportArguments(output=str(root), model="other"))
+
+
+def test_values_of_results():
+    assert value_of(COLUMN, {"perplexity": 3.5}) == 3.5
+    assert value_of(COLUMN, {"perplexity": None, "nll": 900.0}) == math.inf
+    boolq = {"metric": "acc_answer", "acc": 0.2, "acc_answer": 0.7}
+    result = {"tasks": {"boolq": boolq, "mmlu": {"metric": "acc", "acc": 0.3}}, "average": 0.61}
+    assert value_of("boolq", result) == pytest.approx(70)
+    assert value_of("average", result) == pytest.approx(61)
+    assert value_of("mmlu", result) == pytest.approx(30)
+    with pytest.raises(DataError, match="piqa"):
+        value_of("piqa", result)
