@@ -215,7 +215,7 @@ def parse_table(name: str, values: Any) -> Table:
 
 @cache
 def load_tables() -> dict[str, Table]:
-    """Every table and figure by name, in the order of their names.
+    """Every table and figure by name: the paper's tables, its figures, and what it does not have.
 
     Raises:
         ConfigError: a file is wrong.
@@ -227,7 +227,7 @@ def load_tables() -> dict[str, Table]:
         if entry.name.endswith(".yaml")
     }
     tables = {}
-    for name in sorted(entries, key=lambda n: (not n.startswith("table"), n)):
+    for name in sorted(entries, key=lambda n: (*(not n.startswith(kind) for kind in KINDS), n)):
         tables[name] = parse_table(name, yaml.safe_load(entries[name].read_text(encoding="utf-8")))
     return tables
 
