@@ -201,7 +201,9 @@ def build(
 ) -> Record:
     """The report of one model and budget as JSON values."""
     shape = next((r["shape"] for r in records if r.get("shape")), None)
-    stages = {s["hash"]: s for r in records for s in r["stages"]}
+    stages = {
+        s["hash"]: s | {"command": portable(s["command"])} for r in records for s in r["stages"]
+    }
     tables = []
     for name, table in load_tables().items():
         mine = [record for record in records if record["table"] == name]
@@ -227,6 +229,13 @@ def build(
         "tables": tables,
         "stages": stages,
     }
+
+
+def portable(command: str) -> str:
+    """A command with paths below the working directory as they are from there: a report is read on
+    other machines.
+    """
+    return command.replace(f"{Path.cwd()}/", "")
 
 
 def costs(table: Table, speeds: Mapping[str, float] | None) -> Record:

@@ -8,7 +8,7 @@ import pytest
 from llmqat import io
 from llmqat.commands.experiments import ReportArguments, run_report
 from llmqat.errors import DataError
-from llmqat.experiments.report import build, groups, summarize
+from llmqat.experiments.report import build, groups, portable, summarize
 from llmqat.experiments.results import DONE, FAILED, value_of
 
 COLUMN = "perplexity/wikitext2"
@@ -98,6 +98,12 @@ def test_the_report_is_written(root, capsys):
     assert "llmqat eval 4-8-16-rtn\n" in (folder / "commands.txt").read_text()
     pictures = {path.name for path in folder.glob("*.png")}
     assert pictures == {"table2.png", "figure1.png", "figure4.png"}
+
+
+def test_commands_are_those_of_any_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = f"llmqat eval --model {tmp_path}/m --text {tmp_path}/a/t.txt --output /elsewhere/o"
+    assert portable(command) == "llmqat eval --model m --text a/t.txt --output /elsewhere/o"
 
 
 def test_nothing_to_report(tmp_path, root):
