@@ -85,7 +85,8 @@ def from_pretrained(
 
     Args:
         dtype: type of the float tensors that are not quantized; None keeps what is stored.
-        device: where the model goes; everything is read and checked on the CPU.
+        device: where the model goes; everything is read and checked on the CPU. `meta` checks the
+            folder and gives the model without its weights: every parameter is a shape.
 
     Returns:
         The family's model in eval mode, e.g. a `LlamaForCausalLM`.
@@ -100,9 +101,14 @@ def from_pretrained(
         )
     checkpoint = inspect(directory)
     model = _build(checkpoint, dtype)
-    _fill(model, checkpoint, dtype)
+    if torch.device(device).type == "meta":
+        compat.tie_head(model)
+        _prepare(model, checkpoint)
+    else:
+        _fill(model, checkpoint, dtype)
+        model.to(device)
     _generation_config(model, checkpoint.folder)
-    return model.to(device)
+    return model
 
 
 def inspect(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -307,12 +313,16 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype | None) -
         raise CheckpointError(
             f"{checkpoint.folder}: no data for {left[0]}; write the checkpoint again"
         )
+    _prepare(model, checkpoint)
+    # Only a prepared linear has a place for its learned scale.
+    model.load_state_dict(learned, strict=False)
+
+
+def _prepare(model: nn.Module, checkpoint: Checkpoint) -> None:
     state = checkpoint.state
     if state is not None and state.stage == PREPARED:
         where = str(checkpoint.folder / CONFIG)
         _with_context(where, partial(prepare, fused=state.fused), model, state.config)
-        # Only a prepared linear has a place for its learned scale.
-        model.load_state_dict(learned, strict=False)
 
 
 def _read_model(

@@ -66,8 +66,14 @@ def announce_backend(device: torch.device) -> None:
 
 
 def load_plain(role: str, folder: str, dtype: torch.dtype) -> nn.Module:
-    """A full-precision model; ConfigError if it is prepared or packed."""
-    model = load_model(folder, dtype=dtype, device=torch.device("cpu"))
+    """A full-precision model; ConfigError if it is prepared or packed.
+
+    In a process that does not read weights it has room for them, which costs nothing unwritten.
+    """
+    reads = sharding.reads_weights()
+    model = load_model(folder, dtype=dtype, device=torch.device("cpu" if reads else "meta"))
+    if not reads:
+        sharding.reserve(model)
     state = state_of(model)
     if state is not None:
         raise ConfigError(
@@ -204,7 +210,7 @@ def _build(
     record["versions"] = _versions()
     settings = arguments.to_trainer(use_cpu=device.type == "cpu", report_to=_tracker())
     prepare(student, config, fused=arguments.fused)
-    if config.a_quantizer == "lsq":
+    if config.a_quantizer == "lsq" and sharding.reads_weights():
         initialize_scales(student, torch.as_tensor(data[0]["input_ids"]).unsqueeze(0))
     teacher = None
     loss = arguments.to_loss()

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, fsdp2_load_full_state_dict
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_fsdp_enabled
 
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_blocks
@@ -39,6 +40,8 @@ __all__ = [
     "local_weight",
     "place_teacher",
     "processes",
+    "reads_weights",
+    "reserve",
     "sum_over_processes",
     "use_masters",
 ]
@@ -100,6 +103,28 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 # The student, which accelerate shards
+
+
+def reads_weights() -> bool:
+    """Whether this process reads models from their files: the first, or every one unless shards are
+    sent out (`fsdp_cpu_ram_efficient_loading: true`).
+    """
+    return is_first() or not is_fsdp_enabled()
+
+
+def reserve(model: nn.Module) -> None:
+    """Give a model's meta parameters memory that is not written: until then it takes no pages.
+    accelerate tells the parameters of an optimizer by their addresses, which meta ones do not have.
+    """
+    given: dict[int, nn.Parameter] = {}  # a tied parameter gets its memory once
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in given:
+                room = torch.empty_like(parameter, device="cpu")
+                given[id(parameter)] = nn.Parameter(room, parameter.requires_grad)
+            module._parameters[name] = given[id(parameter)]
 
 
 def allow_cpu() -> None:
@@ -212,6 +237,24 @@ def place_teacher(teacher: nn.Module, accelerator: Accelerator) -> None:
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> None:
     """Every block a group, the embeddings with the head where they are tied, the rest the root."""
+    if not is_fsdp_enabled():
+        _group(model, accelerator)
+        return
+    # As accelerate does it with the student: shards of nothing, then the first process's weights,
+    # one at a time. Rotary tables are no weights; every process has its own.
+    weights = model.state_dict()
+    tables = {name: t for name, t in model.named_buffers() if name not in weights}
+    model.to("meta")
+    model.tie_weights()  # type: ignore[operator]
+    _group(model, accelerator)
+    fsdp2_load_full_state_dict(accelerator, model, weights)
+    model.tie_weights()  # type: ignore[operator]
+    for name, table in tables.items():
+        module, _, buffer = name.rpartition(".")
+        model.get_submodule(module)._buffers[buffer] = table.to(accelerator.device)
+
+
+def _group(model: nn.Module, accelerator: Accelerator) -> None:
     mesh = getattr(accelerator, "torch_device_mesh", None)
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]

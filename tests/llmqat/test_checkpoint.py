@@ -45,6 +45,14 @@ def test_round_trip(tmp_path, variant, kind):
     assert checked.tensors == len(model.state_dict()) and checked.logits == 2 * 16 * 128
     tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
     assert tied == variant.get("tied", False)
+    shapes = from_pretrained(tmp_path / "m", device="meta")
+    assert all(tensor.is_meta for tensor in shapes.state_dict().values())
+    for name, tensor in shapes.state_dict().items():
+        stored = model.state_dict()[name]
+        assert (tensor.shape, tensor.dtype) == (stored.shape, stored.dtype)
+    assert shapes.state_dict().keys() == model.state_dict().keys()
+    assert state_of(shapes) == state_of(model) and not shapes.model.rotary_emb.inv_freq.is_meta
+    assert (shapes.lm_head.weight is shapes.model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import llmqat
 from llmqat import cli
+from llmqat.checkpoint import load
 from llmqat.data import Record, RecordWriter
 from llmqat.errors import ConfigError
 from llmqat.train import QATTrainer, run, sharding
@@ -128,6 +129,25 @@ def test_shards_train_as_one_process(folders, tmp_path, variant):
     record = json.loads((two / "llmqat_run.json").read_text())
     assert (record["status"], record["processes"]) == ("complete", 2)
     llmqat.from_pretrained(two)
+
+
+def test_who_reads_the_weights(folders, tmp_path):
+    """The first process, which sends shards out, or all: the same run, learned scales too."""
+    environment = fsdp2_environment()
+    assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+    def work(rank):
+        read, fill = [], load._fill
+        load._fill = lambda model, *rest: (read.append(rank), fill(model, *rest))
+        _train(argv)(rank)
+        return read
+
+    for lean, readers in (("true", [[0, 0], []]), ("false", [[0, 0], [1, 1]])):
+        argv = _argv(folders, tmp_path / lean, 1, "--a-quantizer", "lsq", steps=4)
+        given = {**environment, "FSDP_CPU_RAM_EFFICIENT_LOADING": lean}
+        assert launch(work, environment=given) == [(0, read) for read in readers]
+    assert logged(tmp_path / "true") == logged(tmp_path / "false")
+    _assert_same_weights(tmp_path / "true", tmp_path / "false")
 
 
 def test_a_killed_shard_resumes_with_the_same_numbers(folders, tmp_path):
