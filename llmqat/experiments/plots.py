@@ -25,6 +25,8 @@ GRIDS = ("table1", "table2", "table6", "table7")
 DPI = 130
 WIDE = 20.0
 """From this ratio of largest to smallest on, perplexities are drawn on a logarithmic axis."""
+NEAR = 0.03
+"""Points of Figure 1 this close, as a share of x and of the range of y, share a label."""
 Record = Mapping[str, Any]
 
 
@@ -157,6 +159,25 @@ def _points(report: Record) -> tuple[str, list[tuple[Record, float]]]:
     return "average", []
 
 
+def _names(points: list[tuple[Record, float]], key: str) -> list[tuple[str, tuple[float, float]]]:
+    """Labels of full precision and LLM-QAT, each setting once; neighbours share one label."""
+    best: dict[str, tuple[float, float]] = {}
+    for row, value in sorted(points, key=lambda pair: pair[1]):
+        if row["method"] in ("full", "llm-qat"):
+            bits = row["bits"] if key == "total_gib" else "-".join(row["bits"].split("-")[:2])
+            best.setdefault(bits, (row["cost"][key], value))
+    reach = NEAR * (max(y for _, y in points) - min(y for _, y in points))
+    joined: list[tuple[str, tuple[float, float]]] = []
+    for bits, (x, y) in best.items():
+        for i, (text, place) in enumerate(joined):
+            if math.isclose(x, place[0], rel_tol=NEAR) and abs(y - place[1]) <= reach:
+                joined[i] = (f"{text}, {bits}", place)
+                break
+        else:
+            joined.append((bits, (x, y)))
+    return joined
+
+
 def figure1(pyplot: Any, report: Record, folder: Path) -> str | None:
     """Accuracy or perplexity against bytes and against operations; None without values."""
     column, points = _points(report)
@@ -173,15 +194,8 @@ def figure1(pyplot: Any, report: Record, folder: Path) -> str | None:
                 *zip(*mine, strict=True), s=60 if method == "full" else 34, alpha=0.85,
                 color=COLORS[method], marker=MARKERS.get(method, "D"), label=NAMES[method],
             )  # fmt: skip
-        named: set[str] = set()
-        for row, value in sorted(points, key=lambda pair: pair[1]):
-            text = row["bits"] if key == "total_gib" else "-".join(row["bits"].split("-")[:2])
-            if row["method"] in ("full", "llm-qat") and text not in named:
-                named.add(text)
-                axes.annotate(
-                    text, (row["cost"][key], value), fontsize=7, xytext=(4, -8),
-                    textcoords="offset points",
-                )  # fmt: skip
+        for text, place in _names(points, key):
+            axes.annotate(text, place, fontsize=7, xytext=(4, -8), textcoords="offset points")
         axes.set_xlabel(label)
         _set_scale(axes, "y", [value for _, value in points], column)
     panels[1].set_xscale("log")

@@ -161,6 +161,8 @@ def _section(table: Record, pictures: Sequence[str]) -> str:
     done = sum(row["status"] not in (NOT_RUN, FAILED) for row in table["rows"])
     parts = [f"## {table['name']}: {table['title']}", f"{table['source']}. {done} of"
              f" {len(table['rows'])} rows done."]  # fmt: skip
+    if table["overrides"]:
+        parts.append(f"Changes of the budget here: {', '.join(table['overrides'])}.")
     parts += _table(table)
     parts += [f"![{table['name']}]({picture})" for picture in pictures]
     parts += _comparison(table)
@@ -194,8 +196,6 @@ def render(report: Record, pictures: Mapping[str, Sequence[str]]) -> str:
         " (their number). GiB are weights and the KV cache of 2,048 tokens, OPs are MACs x weight"
         " bits x activation bits of 2,048 tokens.",
     ]
-    if report["overrides"]:
-        lines.append(f"Changes of the budget: {', '.join(report['overrides'])}.")
     if report["stand_ins"]:
         lines.append("Stand-ins, not the paper's data:")
         lines.append("\n".join(f"- {name}: {text}." for name, text in report["stand_ins"].items()))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -207,7 +208,7 @@ def build(
     tables = []
     for name, table in load_tables().items():
         mine = [record for record in records if record["table"] == name]
-        entry = build_table(table, mine, shape)
+        entry = build_table(table, mine, shape) | {"overrides": changes(mine)}
         if table.assumptions:
             entry["costs"] = costs(table, speeds)
         tables.append(entry)
@@ -219,7 +220,6 @@ def build(
         "model": model,
         "model_sha256": sorted({r["model_sha256"] for r in records}),
         "budget": budget,
-        "overrides": sorted({o for r in records for o in r.get("overrides", [])}),
         "stand_ins": stand_ins,
         "cells": {status: sum(r["status"] == status for r in records) for status in (DONE, FAILED)},
         "seeds": sorted({record["seed"] for record in records}),
@@ -229,6 +229,16 @@ def build(
         "tables": tables,
         "stages": stages,
     }
+
+
+def changes(records: Iterable[Record]) -> list[str]:
+    """What `run --set` changed of the budget in cells of a table, and in how many if not all."""
+    records = list(records)
+    counts = Counter(change for record in records for change in record.get("overrides", []))
+    return [
+        change if count == len(records) else f"{change} ({count} of {len(records)} cells)"
+        for change, count in sorted(counts.items())
+    ]
 
 
 def portable(command: str) -> str:

@@ -1,7 +1,7 @@
 """The tables as data: ``tables/*.yaml`` into frozen, validated records.
 
 A table has columns (what is measured), rows (a W-A-KV setting, a method and what it changes) and
-the paper's published value of each cell. A value that the paper's surviving text does not hold is
+the paper's published value of each cell. A value that our copy of the paper does not hold is
 null, and the table or the row says why.
 """
 

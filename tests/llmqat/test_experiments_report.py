@@ -8,6 +8,7 @@ import pytest
 from llmqat import io
 from llmqat.commands.experiments import ReportArguments, run_report
 from llmqat.errors import DataError
+from llmqat.experiments import plots
 from llmqat.experiments.report import build, groups, portable, summarize
 from llmqat.experiments.results import DONE, FAILED, value_of
 
@@ -81,6 +82,28 @@ def test_infinite_perplexity_is_kept_apart(records):
     assert summarize([]) is None and summarize([1.0])["spread"] is None
 
 
+def test_changes_of_the_budget_are_named_where_they_apply(records):
+    del records[0]["overrides"]
+    report = build("m", "laptop", records)
+    assert table(report, "table2")["overrides"] == ["train.steps=3 (8 of 9 cells)"]
+    assert table(report, "table8")["overrides"] == ["train.steps=3"]
+    assert table(report, "table3")["overrides"] == []
+
+
+def test_neighbours_in_figure1_share_a_label():
+    def point(bits, gib, value, method="llm-qat"):
+        return {"bits": bits, "method": method, "cost": {"total_gib": gib}}, value
+
+    points = [
+        point("4-8-16", 0.147, 27.8), point("4-16-16", 0.147, 27.7), point("4-8-4", 0.115, 33.0),
+        point("4-8-8", 0.147, 60.0, "rtn"), point("16-16-16", 0.294, 20.0, "full"),
+        point("4-8-4", 0.114, 34.0),
+    ]  # fmt: skip
+    assert plots._names(points, "total_gib") == [
+        ("16-16-16", (0.294, 20.0)), ("4-16-16, 4-8-16", (0.147, 27.7)), ("4-8-4", (0.115, 33.0)),
+    ]  # fmt: skip
+
+
 def test_the_report_is_written(root, capsys):
     run_report(ReportArguments(output=str(root), speed=["16-16-16=20", "4-8-8=110"]))
     folder = root / "report" / "m-laptop"
@@ -89,7 +112,8 @@ def test_the_report_is_written(root, capsys):
     for part in (
         "| LLM-QAT | 4-8-16 | 25.00 ± 1.41 (2) | 10.9 | 7.4 |",
         "failed: gptq: it / broke", "not run",
-        "text wikitext2: other prose", "train.steps=3", "LLM-QAT is better than the best",
+        "text wikitext2: other prose", "Changes of the budget here: train.steps=3.",
+        "LLM-QAT is better than the best",
         "5.50x, measured", "inf",
     ):  # fmt: skip
         assert part in text, part
