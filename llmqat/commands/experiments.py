@@ -1,4 +1,4 @@
-"""``llmqat experiments list | run NAME | report``: the paper's tables and figures on any model."""
+"""``llmqat experiments list | run NAME | report | prune``: the paper's tables on any model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from llmqat.experiments.budgets import Budget, find_budget, load_budgets, parse_
 from llmqat.experiments.cells import Cell, expand, measured
 from llmqat.experiments.costs import shape_of
 from llmqat.experiments.inputs import Inputs, gather, parse_named
+from llmqat.experiments.prune import find_models, prune
 from llmqat.experiments.report import write_report
 from llmqat.experiments.results import CellLog, read_cells
 from llmqat.experiments.runner import Runner, duration
@@ -263,8 +264,29 @@ def _speeds(words: list[str]) -> dict[str, float]:
     return found
 
 
+@dataclass
+class PruneArguments:
+    """Options of ``llmqat experiments prune``."""
+
+    output: str = _option(OUTPUT, "Folder of stages and results.")
+    dry_run: bool = _option(False, "Say what would be deleted, and delete nothing.")
+
+
+def run_prune(arguments: PruneArguments) -> None:
+    """Delete the models of finished stages; results and generated text stay."""
+    root = Path(arguments.output)
+    models = list(find_models(root)) if arguments.dry_run else prune(root)
+    for model in models:
+        print(f"{model.nbytes / 2**20:8.1f} MiB  {model.folder}")
+    verb = "would free" if arguments.dry_run else "freed"
+    print(f"prune: {verb} {sum(m.nbytes for m in models) / 2**30:.2f} GiB, {len(models)} models")
+
+
 ACTIONS = {
     "list": Action("the experiments, and what is done", (ListArguments,), run_list),
     "run": Action("run one experiment, or all", (RunArguments,), run_run, ("NAME",)),
+    "prune": Action(
+        "free the space of models that are made again when needed", (PruneArguments,), run_prune
+    ),
     "report": Action("Markdown, JSON and plots of what was run", (ReportArguments,), run_report),
 }
