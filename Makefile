@@ -14,7 +14,7 @@ CSRC := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 BANNED := '\btorch\.load\(|allow_pickle|trust_remote_code=True|use_fast_math|-ffast-math|ATen/cuda|yaml\.load\('
 NEWEST_TESTS := tests/triton $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
 
-.PHONY: help venv demo test test-slow test-newest test-gpu lint format bench bench-gpu kernels check-kernels tune clean
+.PHONY: help venv demo test test-slow test-newest test-gpu lint format bench bench-gpu kernels check-kernels sass tune clean
 
 help:    ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:    *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -60,21 +60,18 @@ format: venv  ## rewrite the sources in the house style
 bench: venv  ## every operator on this CPU against what one would use instead
 	$(BIN)/python -m benchmarks.run
 
-# The budgets are seconds, ten minutes in all; a part that fails does not keep the next from running.
-bench-gpu: venv  ## every operator and the training step on a GPU; writes benchmarks/results in 10 minutes
-	$(BIN)/python -c "from benchmarks.timing import require_device as need; need('cuda')"
-	status=0; \
-	$(BIN)/python -m benchmarks.run --device cuda --budget 300 || status=1; \
-	$(BIN)/python -m benchmarks.qat_slice --device cuda --budget 120 --save || status=1; \
-	$(BIN)/python -m benchmarks.equality --backend triton --device cuda --seconds 80 --save || status=1; \
-	$(BIN)/python -m benchmarks.report || status=1; \
-	exit $$status
+bench-gpu: venv  ## every figure of a GPU, the most important first; benchmarks/results in 10 minutes
+	$(BIN)/python -m benchmarks.gpu
 
 kernels: venv  ## compile the Triton kernels that changed for sm_80 and sm_90, no GPU; writes docs/kernels
 	$(BIN)/python -m benchmarks.kernel_report --save
 
 check-kernels: venv  ## compile every one of them and fail if docs/kernels is not what comes out
 	$(BIN)/python -m benchmarks.kernel_report --check --fresh
+
+sass: venv  ## registers and instructions of the CUDA C++ kernels, no GPU; writes docs/kernels/sass.*
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m benchmarks.sass_report --save
 
 tune: venv  ## time the tiles of the Triton kernels on this GPU; writes its architecture's table
 	$(BIN)/python -m benchmarks.tune

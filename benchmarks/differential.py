@@ -1,8 +1,8 @@
-"""Random cases of every exact operator: the Triton backend against the specification.
+"""Random cases of every exact operator: the Triton or CUDA backend against the specification.
 
 A case is an operator with the small arguments of benchmarks/random_arguments.py. Some cases also
 compare rows of a batch with the same rows alone, and a second run with the first: both must have
-the same bits. Used by `python -m benchmarks.equality --backend triton`.
+the same bits. Used by `python -m benchmarks.equality --backend triton` (or `cuda`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 
 import llmqat_kernels as qk
 from benchmarks.random_arguments import DRAWS, Args, Draw
-from llmqat_kernels.backends import triton
+from llmqat_kernels import dispatch
 from llmqat_kernels.backends.composite import COMPOSITES
 from llmqat_kernels.backends.reference import REFERENCE
+from llmqat_kernels.errors import BackendUnavailable
 
 ops = torch.ops.llmqat
 BATCH_EVERY = 10
@@ -32,6 +33,7 @@ BATCHED = {
     "fake_quantize": (0,),
     "quantized_matmul": (0, 1),
     "repacked_matmul": (0, 1),
+    "repacked_matmul_silu_mul": (0, 1),
     "quantized_linear": (0,),
     "qat_linear": (0,),
     "integer_group_matmul": (0, 1),
@@ -47,16 +49,21 @@ CACHES = slice(4, 8)
 """Arguments of rope_quantize_append that are its results."""
 
 
-def tested_ops() -> tuple[list[str], dict[str, str]]:
-    """The operators that have a Triton kernel, or are composed of such; and why others are not
-    compared.
+NAMES = {"triton": "Triton", "cuda": "CUDA"}
+REFUSAL = "use backend"
+"""Part of the message of a kernel that does not take a case and names the backend that does."""
+
+
+def tested_ops(backend: str = "triton") -> tuple[list[str], dict[str, str]]:
+    """The operators that have a kernel of this backend, or are composed of such; and why others are
+    not compared.
     """
-    kernels = triton.kernels()
     tested, left_out = [], {}
     for op in DRAWS:
-        if op not in kernels and op not in COMPOSITES:
-            left_out[op] = "no Triton kernel"
-        elif op not in kernels and COMPOSITES[op] is REFERENCE[op]:
+        own, _ = dispatch._own_kernel(backend, op)
+        if own is None and op not in COMPOSITES:
+            left_out[op] = f"no {NAMES[backend]} kernel"
+        elif own is None and COMPOSITES[op] is REFERENCE[op]:
             left_out[op] = "the reference's own function"
         else:
             tested.append(op)
@@ -74,7 +81,7 @@ def signature(op: str, args: Args) -> tuple[Any, ...]:
 
 
 def call(op: str, args: Args, device: torch.device | None) -> tuple[Tensor, ...]:
-    """Results on the CPU: of the specification (device None), or of the Triton backend."""
+    """Results on the CPU: of the specification (device None), or of the backend in use."""
     if device is None:
         function: Callable[..., Any] = REFERENCE[op]
     else:
@@ -82,7 +89,7 @@ def call(op: str, args: Args, device: torch.device | None) -> tuple[Tensor, ...]
     moved = [a.to(device) if device is not None and isinstance(a, Tensor) else a for a in args]
     if op == "rope_quantize_append":  # the caches are written in place
         moved[CACHES] = [tensor.clone() for tensor in moved[CACHES]]
-    if op == "repacked_matmul" and device is not None:
+    if op in ("repacked_matmul", "repacked_matmul_silu_mul") and device is not None:
         moved[2] = ops.repack_weight(moved[2], args[6])
     with torch.no_grad():
         result = function(*moved)
@@ -125,27 +132,35 @@ def run(
     seed: int = 0,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
+    backend: str = "triton",
 ) -> dict[str, Any]:
     """Compare ``cases`` cases, the operators in turn, and stop after ``seconds`` by ``clock``.
 
     Returns counts: cases, distinct shapes, elements, differences, cases by operator, batch checks,
-    cases a minute, and the first failures as text.
+    cases a minute, cases that the backend refused, and the first failures as text.
     """
-    tested, left_out = tested_ops()
+    tested, left_out = tested_ops(backend)
+    refused: Counter[str] = Counter()
     by_op: Counter[str] = Counter()
     shapes: set[Any] = set()
     failures: list[str] = []
     wrong = elements = batches = 0
     begin = clock()
     # The interpreter computes NaN rows in numpy, which would warn of each.
-    with qk.use_backend("triton"), np.errstate(all="ignore"):
+    with qk.use_backend(backend), np.errstate(all="ignore"):
         for index in range(cases):
             if seconds is not None and clock() - begin > seconds:
                 break
             op = tested[index % len(tested)]
             draw_seed = seed + index
             args = DRAWS[op](Draw(draw_seed, wide=device.type == "cpu"))
-            actual = call(op, args, device)
+            try:
+                actual = call(op, args, device)
+            except RuntimeError as error:
+                if not isinstance(error, BackendUnavailable) and REFUSAL not in str(error):
+                    raise
+                refused[op] += 1
+                continue
             found = differences(actual, call(op, args, None))
             if op in BATCHED and index // len(tested) % BATCH_EVERY == 0:
                 found += check_batch(op, args, actual, device)
@@ -166,6 +181,7 @@ def run(
         "batch_checks": batches,
         "cases_per_minute": round(done / minutes, 1) if minutes else 0.0,
         "by_operator": dict(sorted(by_op.items())),
+        "refused": dict(sorted(refused.items())),
         "left_out": left_out,
         "failures": failures,
     }

@@ -18,6 +18,7 @@ import argparse
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -119,13 +120,15 @@ def cpu_backend(elements: int, save_it: bool) -> int:
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 
 
-def triton_backend(args: argparse.Namespace, device: torch.device) -> int:
-    """Random cases on the device, or in the interpreter on a CPU; the exit status."""
+def gpu_backend(args: argparse.Namespace, device: torch.device) -> int:
+    """Random cases on the device, or in Triton's interpreter on a CPU; the exit status."""
     os.environ["TRITON_INTERPRET"] = "0" if device.type == "cuda" else "1"
     from benchmarks import differential  # Triton reads the variable when a kernel is defined
 
     torch.set_num_threads(1)
-    result = differential.run(args.cases, device, args.seed, args.seconds, CLOCKS[args.clock])
+    result = differential.run(
+        args.cases, device, args.seed, args.seconds, CLOCKS[args.clock], args.backend
+    )
     where = "on the device" if device.type == "cuda" else "in the interpreter"
     print(
         f"{result['cases']:,} cases {where}, {result['shapes']:,} shapes,"
@@ -136,18 +139,18 @@ def triton_backend(args: argparse.Namespace, device: torch.device) -> int:
         print(f"{op}: not compared ({reason})")
     print("\n".join(result["failures"]))
     if args.save:
-        name = "equality_triton" + ("_cuda" if device.type == "cuda" else "")
+        name = f"equality_{args.backend}" + ("_cuda" if device.type == "cuda" else "")
         print(save(name, {"seed": args.seed, "clock": args.clock, **result}, device))
     return int(result["differences"] > 0 or result["cases"] == 0)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table; exit 1 on any difference."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backend", default="cpu", choices=("cpu", "triton"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of triton")
+    parser.add_argument("--backend", default="cpu", choices=("cpu", "triton", "cuda"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--elements", type=int, default=50_000_000, help="row elements per instruction set"
     )
@@ -163,12 +166,14 @@ def main() -> None:
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/equality*.json"
     )
-    args = parser.parse_args()
-    if args.backend == "triton":
+    args = parser.parse_args(argv)
+    if args.backend == "cuda" and args.device != "cuda":
+        parser.error("--backend cuda: its kernels read CUDA tensors only; add --device cuda")
+    if args.backend != "cpu":
         device = require_device(args.device)
-        raise SystemExit(triton_backend(args, device))
+        raise SystemExit(gpu_backend(args, device))
     if args.device != "cpu":
-        parser.error("--device cuda: only --backend triton runs there")
+        parser.error("--device cuda: --backend triton and --backend cuda run there")
     raise SystemExit(cpu_backend(args.elements, args.save))
 
 

@@ -14,6 +14,8 @@ from llmqat.io import make_dir, remove, write_text
 
 COLUMNS = ("registers", "resident", "shared", "spills", "instructions", "mma", "loads", "stores")
 RECORDS = "kernels.json"
+MARK = "by `make kernels`"
+"""In every page that is written here; the folder has pages of other kernels, too."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def _head(module: str, title: str, archs: Sequence[int]) -> list[str]:
         f"{doc[0] if doc else ''} Source: `llmqat_kernels/backends/triton/{module}.py`.",
         "",
         f"Compiled ahead of time for {kinds} with triton {triton.__version__}, on a machine without"
-        " a GPU, by `make kernels`",
+        f" a GPU, {MARK}",
         "(`python -m benchmarks.kernel_report --save`). Nothing here is a time.",
         "",
         "*resident*: warps an SM can hold at once, of 64. *shared*: bytes a thread block."
@@ -144,12 +146,19 @@ def save(texts: Mapping[str, str], folder: Path) -> None:
     make_dir(folder)
     for name, text in texts.items():
         write_text(folder / name, text)
-    for path in folder.glob("*.md"):
-        if path.name not in texts:
-            remove(path)
+    for name in _written_here(folder).keys() - texts.keys():
+        remove(folder / name)
+
+
+def _written_here(folder: Path) -> dict[str, str]:
+    """The record and the pages that earlier runs wrote."""
+    texts = {path.name: path.read_text() for path in folder.glob("*.md")}
+    texts = {name: text for name, text in texts.items() if MARK in text}
+    record = folder / RECORDS
+    return texts | ({RECORDS: record.read_text()} if record.is_file() else {})
 
 
 def stale(texts: Mapping[str, str], folder: Path) -> list[str]:
     """Names of the pages that differ from ``texts``, are missing, or should not be there."""
-    there = {path.name: path.read_text() for path in folder.glob("*") if path.is_file()}
+    there = _written_here(folder)
     return sorted(n for n in {*texts, *there} if texts.get(n) != there.get(n))

@@ -151,15 +151,16 @@ def _int_matmul(d: Draw) -> Args:
     return d.codes(d.rows(), columns), w, bits
 
 
-def _quantized_matmul(d: Draw) -> Args:
+def _quantized_matmul(d: Draw, stacked: int = 1) -> Args:
     (columns, group), rows, n, dtype = d.groups(), d.rows(), d.columns(48), d.dtype()
+    n *= stacked
     w, scale, bits, _ = _weight(d, n, columns, group)
     a = d.codes(rows, columns)
     return a, d.scale(rows), w, scale, d.bias(n, dtype), bits, group, dtype
 
 
-def _repacked_matmul(d: Draw) -> Args:
-    a, a_scale, w, scale, bias, bits, group, dtype = _quantized_matmul(d)
+def _repacked_matmul(d: Draw, stacked: int = 1) -> Args:
+    a, a_scale, w, scale, bias, bits, group, dtype = _quantized_matmul(d, stacked)
     return a, a_scale, w, scale, bias, w.shape[0], bits, group, dtype
 
 
@@ -267,6 +268,7 @@ DRAWS: dict[str, Callable[[Draw], Args]] = {
     "int_matmul": _int_matmul,
     "quantized_matmul": _quantized_matmul,
     "repacked_matmul": _repacked_matmul,
+    "repacked_matmul_silu_mul": lambda d: _repacked_matmul(d, stacked=2),
     "quantized_linear": _quantized_linear,
     "qat_linear": _qat_linear,
     "qat_matmul": _qat_matmul,

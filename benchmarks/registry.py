@@ -30,11 +30,15 @@ NOT_ON_ITS_OWN = {
     "qat_matmul_backward_weight": "in qat_matmul and qat_linear, forward and backward",
     "quantize_integer_groups": "once an optimizer step; the product is integer_group_matmul",
     "repack_weight": "runs once, when a model is loaded",
+    "repacked_matmul_silu_mul": "repacked_matmul of a stacked weight and silu_mul in one",
     "rms_norm": "the first half of rms_norm_quantize",
     "rms_norm_backward": "in rms_norm_quantize_train, forward and backward",
     "silu_mul": "the first half of silu_mul_quantize",
     "silu_mul_qat_matmul": "silu_mul_quantize_train and qat_matmul, without keeping codes",
     "silu_mul_backward": "in silu_mul_quantize_train, forward and backward",
+    "rope_quantize_append_paged": "rope_quantize_append with one look-up a token",
+    "attention_decode_paged": "attention_decode with one look-up in 64 tokens",
+    "attention_decode_quantize": "attention_decode and quantize of one row a query",
     "rope": "in rope_quantize_append and rope_fake_quantize",
 }
 

@@ -33,6 +33,10 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 _requested = "auto"
 
 
+LAYOUT_READERS = ("repacked_matmul", "repacked_matmul_silu_mul", "float_matmul")
+"""Operators on weights of ``repack_weight``: only the backend that wrote the layout reads it."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The backend that runs ``op`` on ``device_type``, and why."""
@@ -135,6 +139,9 @@ def resolve(op: str, device_type: str, requested: str) -> Choice:
     fallback.
     """
     candidates = _candidates(device_type, requested)
+    if op in LAYOUT_READERS:
+        writer = resolve("repack_weight", device_type, requested).backend
+        candidates = (writer,) if writer in candidates else candidates
     if not candidates:
         if requested not in ("auto", "reference"):
             raise BackendUnavailable(

@@ -111,7 +111,7 @@ def _integer_group_matmul(
 
 def _repack_weight(w: Tensor, w_bits: int) -> Tensor:
     choice = dispatch.resolve("repack_weight", w.device.type, dispatch.current_backend())
-    kept = choice.backend == "triton" and w.is_floating_point()
+    kept = choice.backend in ("triton", "cuda") and w.is_floating_point()
     if choice.backend == "reference" or kept:
         return torch.empty(w.shape, dtype=w.dtype, device=w.device)
     size = torch.library.get_ctx().new_dynamic_size()
@@ -130,6 +130,20 @@ def _repacked_matmul(
     dtype: torch.dtype,
 ) -> Tensor:
     return a.new_empty((*a.shape[:-1], n), dtype=dtype)
+
+
+def _repacked_matmul_silu_mul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((*a.shape[:-1], n // 2), dtype=dtype)
 
 
 def _float_matmul(x: Tensor, w: Tensor, bias: Tensor | None, n: int) -> Tensor:
@@ -204,6 +218,12 @@ def _distillation_loss_logits(student_logits: Tensor, *args: Any) -> tuple[Tenso
     return student_logits.new_empty((), dtype=torch.float32), _like_first(student_logits)
 
 
+def _attention_decode_quantize(q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n, heads, head_dim = q.shape
+    codes = q.new_empty((n, heads * head_dim), dtype=torch.int8)
+    return _like_first(q), codes, q.new_empty((n,), dtype=torch.float32)
+
+
 def _sample(logits: Tensor, *args: Any) -> Tensor:
     return logits.new_empty((logits.shape[0],), dtype=torch.int64)
 
@@ -227,6 +247,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "integer_group_matmul": _integer_group_matmul,
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
+    "repacked_matmul_silu_mul": _repacked_matmul_silu_mul,
     "float_matmul": _float_matmul,
     "rms_norm": _like_first,
     "rms_norm_quantize": _rms_norm_quantize,
@@ -241,6 +262,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "rope_fake_quantize": _rope_fake_quantize,
     "rope_quantize_append": _nothing,
     "attention_decode": _like_first,
+    "rope_quantize_append_paged": _nothing,
+    "attention_decode_paged": _like_first,
+    "attention_decode_quantize": _attention_decode_quantize,
     "distillation_loss": _distillation_loss,
     "distillation_loss_logits": _distillation_loss_logits,
     "distillation_loss_top_k": _distillation_loss,

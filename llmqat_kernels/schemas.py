@@ -8,6 +8,7 @@ it
   by the number of groups when ``group_size > 0``.                                       [1-6]
 * GEMM: ``y[M, N] = a[M, K] @ w[N, K].T``; ``w`` is int8 codes [N, K] or packed uint8 [N,
 ceil(K/2)]. [7, 8]
+* integer groups: as GEMM; ``a`` may be packed uint8 [M, ceil(K/2)] where its codes have 4 bits. [8, 18]
 * KV cache: ``k_codes, v_codes`` [S, Hkv, T, D] int8 (8 bit), [S, Hkv, T, D/2] uint8 (4 bit) or
   [S, Hkv, T, D] float (16 bit); ``k_scale, v_scale`` fp32 [S, Hkv, T] (serving) or [S, T] (paper);
   ``cos, sin`` [T, D/2]; ``slots, positions, lengths`` int64 [n].                          [9]
@@ -51,6 +52,10 @@ SCHEMAS: dict[str, str] = {
         "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size,"
         " ScalarType dtype) -> Tensor"
     ),
+    "repacked_matmul_silu_mul": (
+        "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size,"
+        " ScalarType dtype) -> Tensor"
+    ),
     "float_matmul": "(Tensor x, Tensor w, Tensor? bias, int n) -> Tensor",
     # producers: normalisation and activation fused with quantization
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
@@ -87,6 +92,22 @@ SCHEMAS: dict[str, str] = {
     "attention_decode": (
         "(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, Tensor cos, Tensor sin,"
         " Tensor slots, Tensor lengths, float scaling, int bits, bool pre_rope) -> Tensor"
+    ),
+    # the same over pages of 64 tokens: k_codes, v_codes [P, Hkv, 64, ...], page_table int32 [S, pages]
+    "rope_quantize_append_paged": (
+        "(Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_codes, Tensor(b!) k_scale,"
+        " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor page_table, Tensor slots, Tensor positions,"
+        " int bits, bool pre_rope) -> ()"
+    ),
+    "attention_decode_paged": (
+        "(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, Tensor page_table,"
+        " Tensor cos, Tensor sin, Tensor slots, Tensor lengths, int max_length, float scaling, int bits,"
+        " bool pre_rope) -> Tensor"
+    ),
+    "attention_decode_quantize": (
+        "(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, Tensor? page_table,"
+        " Tensor cos, Tensor sin, Tensor slots, Tensor lengths, int max_length, float scaling, int bits,"
+        " bool pre_rope, int a_bits) -> (Tensor, Tensor, Tensor)"
     ),
     # distillation and sampling
     "distillation_loss": (

@@ -11,6 +11,9 @@ enum LlmqatDtype { LLMQAT_FLOAT32 = 0, LLMQAT_BFLOAT16 = 1, LLMQAT_FLOAT16 = 2 }
 // The text of a cudaError_t.
 const char* llmqat_cuda_error(int error);
 
+// Multiprocessors of the current device.
+int llmqat_cuda_multiprocessors(int64_t* count);
+
 // x[rows, columns] -> codes[rows, columns], scale[rows]; all contiguous, on the current device.
 int llmqat_cuda_quantize(const void* x, int dtype, int64_t rows, int64_t columns, int bits,
                          bool bf16_scale, int8_t* codes, float* scale, void* stream);

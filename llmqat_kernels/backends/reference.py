@@ -14,6 +14,7 @@ from ..spec import (
     int4,
     linear,
     norm,
+    paged,
     quantize,
     rope,
     sampling,
@@ -28,6 +29,7 @@ _MODULES = (
     activation,
     rope,
     attention,
+    paged,
     distillation,
     sampling,
 )

@@ -21,6 +21,7 @@ from .linears import (
     quantized_linear,
     repack_weight,
     repacked_matmul,
+    repacked_matmul_silu_mul,
 )
 from .producers import (
     rms_norm,
@@ -62,6 +63,7 @@ __all__ = [
     "quantized_linear",
     "repack_weight",
     "repacked_matmul",
+    "repacked_matmul_silu_mul",
     "rms_norm",
     "rms_norm_quantize",
     "rms_norm_quantize_train",

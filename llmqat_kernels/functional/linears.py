@@ -74,6 +74,17 @@ def check_integer_groups(
         )
 
 
+def _columns(a: Tensor, w_multiplier: Tensor, group_size: int) -> int:
+    """K of activations that may be packed: then the groups of the weight tell."""
+    if a.dtype != torch.uint8:
+        return a.shape[-1]
+    check_tensor("w_multiplier", w_multiplier, (torch.uint8,), 2)
+    check_group_size(0, group_size)
+    k = w_multiplier.shape[-1] * group_size
+    check_shape("a", a, (*a.shape[:-1], (k + 1) // 2))
+    return k
+
+
 def integer_group_matmul(
     a: Tensor,
     a_scale: Tensor,
@@ -89,16 +100,19 @@ def integer_group_matmul(
     18).
 
     Args:
-        a: int8 [..., K]. a_scale: fp32 [...].
+        a: int8 [..., K], or codes of at most 4 bits packed by :func:`pack_int4`, uint8
+            [..., ceil(K / 2)]: then both sides are 4-bit (W4A4). a_scale: fp32 [...].
         w: int8 codes [N, K] or packed uint8, of :func:`quantize_integer_groups`.
         w_multiplier: uint8 [N, K / group_size]. w_scale: fp32 [N].
 
     Returns:
         [..., N] in ``dtype``.
     """
-    check_tensor("a", a, (torch.int8,))
+    check_tensor("a", a, (torch.int8, torch.uint8))
     check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
-    check_integer_groups(w, w_multiplier, w_scale, a.shape[-1], group_size)
+    check_integer_groups(
+        w, w_multiplier, w_scale, _columns(a, w_multiplier, group_size), group_size
+    )
     check_bias(bias, w.shape[0])
     check_same_device(a=a, w=w, w_multiplier=w_multiplier, w_scale=w_scale, bias=bias)
     return ops.integer_group_matmul(a, a_scale, w, w_multiplier, w_scale, bias, group_size, dtype)
@@ -139,6 +153,35 @@ def repacked_matmul(
     check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
     check_bias(bias, n)
     return ops.repacked_matmul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
+
+
+def repacked_matmul_silu_mul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    n: int,
+    w_bits: int,
+    group_size: int = -1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`repacked_matmul` with the gate and the up projection stacked in one weight of n rows,
+    then ``silu(gate) * up`` -> [..., n / 2], the same bits as in two steps (spec 7, 14).
+
+    Raises:
+        InvalidArgument: n is odd.
+    """
+    check_tensor("a", a, (torch.int8,))
+    check_tensor("a_scale", a_scale, (torch.float32,), 0)
+    check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
+    check_group_size(a.shape[-1], group_size)
+    check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
+    check_bias(bias, n)
+    if n % 2:
+        raise InvalidArgument(f"n: gates and ups are as many, so n is even, got {n}")
+    return ops.repacked_matmul_silu_mul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
 
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .activation import silu_mul_quantize
+from .activation import silu_mul, silu_mul_quantize
 from .int4 import unpack_int4
 from .quantize import QUANTIZED_BITS, as_groups, dequantize, quantize
 
 
 def weight_codes(w: Tensor, columns: int) -> Tensor:
-    """int8 codes [N, K] of a weight that may be packed."""
+    """int8 codes [..., K] of a weight, or of activations, that may be packed."""
     return unpack_int4(w, columns) if w.dtype == torch.uint8 else w
 
 
@@ -139,10 +139,11 @@ def integer_group_matmul(
 ) -> Tensor:
     """Codes a [..., K] times weight codes with integer group multipliers -> [..., N] (spec 18).
 
-    w int8 [N, K] or packed uint8, w_multiplier uint8 [N, groups], w_scale fp32 [N].
+    a and w are int8 codes or packed uint8, w_multiplier uint8 [N, groups], w_scale fp32 [N].
     """
-    a_groups = as_groups(a, group_size)
-    w_groups = as_groups(weight_codes(w, a.shape[-1]), group_size)
+    columns = w_multiplier.shape[-1] * group_size
+    a_groups = as_groups(weight_codes(a, columns), group_size)
+    w_groups = as_groups(weight_codes(w, columns), group_size)
     acc = torch.zeros((*a.shape[:-1], w.shape[0]), dtype=torch.int32, device=a.device)
     for group in range(w_groups.shape[-2]):
         part = int_matmul(a_groups[..., group, :], w_groups[:, group, :].contiguous(), 8)
@@ -214,6 +215,27 @@ def repacked_matmul(
 ) -> Tensor:
     """``quantized_matmul`` on a weight laid out by ``repack_weight``."""
     return quantized_matmul(a, a_scale, w, w_scale, bias, w_bits, group_size, dtype)
+
+
+def repacked_matmul_silu_mul(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    repacked_matmul: Callable[..., Tensor] = repacked_matmul,
+    silu_mul: Callable[..., Tensor] = silu_mul,
+) -> Tensor:
+    """``silu_mul`` of the halves of ``repacked_matmul``: the weight is gates, then ups -> [...,
+    n / 2] (spec 7, 14).
+    """
+    y = repacked_matmul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
+    gate, up = y.split(n // 2, -1)
+    return silu_mul(gate, up)
 
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None, n: int) -> Tensor:

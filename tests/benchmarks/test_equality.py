@@ -21,11 +21,13 @@ FLOAT_OPS = {
     "rms_norm_backward",
     "silu_mul_backward",
     "attention_decode",
+    "attention_decode_paged",
+    "attention_decode_quantize",
     "distillation_loss",
     "distillation_loss_logits",
     "distillation_loss_top_k",
 }
-PARTS = {"pack_int4", "unpack_int4", "repack_weight"}
+PARTS = {"pack_int4", "unpack_int4", "repack_weight", "rope_quantize_append_paged"}
 
 
 def test_every_exact_operator_is_drawn():
@@ -66,7 +68,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         return codes, scale * 1.0000001
 
     monkeypatch.setitem(REFERENCE, "quantize", wrong)
-    monkeypatch.setattr(differential, "tested_ops", lambda: (["quantize"], {}))
+    monkeypatch.setattr(differential, "tested_ops", lambda backend: (["quantize"], {}))
     result = differential.run(20, CPU)
     assert result["differences"] > 0 and "quantize, seed" in result["failures"][0]
 
@@ -88,6 +90,29 @@ def test_the_command_prints_and_exits(monkeypatch, capsys):
         equality.main()
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "20 cases in the interpreter" in out and "0 differences" in out
+
+
+def test_cases_that_a_backend_refuses_are_counted(monkeypatch):
+    """The CPU's kernels stand in for a backend that takes no groups."""
+    monkeypatch.setattr(differential, "tested_ops", lambda backend: (["quantize", "rope"], {}))
+    ours = differential.call
+
+    def call(op, args, device):
+        if op == "rope" and device is not None:
+            raise RuntimeError("x: no kernel for this; use backend 'triton'")
+        return ours(op, args, device)
+
+    monkeypatch.setattr(differential, "call", call)
+    found = differential.run(6, torch.device("cpu"), backend="auto")
+    assert found["refused"] == {"rope": 3} and found["by_operator"] == {"quantize": 3}
+    assert found["cases"] == 3 and found["differences"] == 0
+
+
+@pytest.mark.parametrize("argv", [["--backend", "cuda"], ["--device", "cuda"]])
+def test_backends_stay_on_their_devices(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        equality.main(argv)
+    assert stop.value.code == 2 and "--device cuda" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -48,10 +48,12 @@ def test_pages_are_written_whole_and_found_stale(tmp_path):
     texts = kernel_pages.pages([result(), result(arch=90)], (80, 90))
     assert texts.keys() == {"quantize.md", "kernels.json"}
     assert len(json.loads(texts["kernels.json"])["kernels"]) == 2
-    (tmp_path / "gone.md").write_text("a file of kernels that is gone")
+    (tmp_path / "gone.md").write_text("kernels that are gone, by `make kernels`")
+    (tmp_path / "other.md").write_text("what somebody wrote of other kernels")
     assert kernel_pages.stale(texts, tmp_path) == ["gone.md", "kernels.json", "quantize.md"]
     kernel_pages.save(texts, tmp_path)
     assert kernel_pages.stale(texts, tmp_path) == []
+    assert not (tmp_path / "gone.md").exists() and (tmp_path / "other.md").exists()
     (tmp_path / "quantize.md").write_text("edited")
     assert kernel_pages.stale(texts, tmp_path) == ["quantize.md"]
 

@@ -1,41 +1,25 @@
-"""The CUDA quantize kernel on the CPU under three thread schedules, bit for bit as spec 1-4."""
+"""The CUDA quantize kernel on the CPU under every thread schedule, bit for bit as spec 1-4."""
 
 import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 from llmqat_kernels.spec import quantize as spec
+from tests.emulator.build import SCHEDULES, compile_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GUARD = 64
 # One warp a row (with tail rows in the last block); many warps; vectors and single values; rows
 # wider than what the threads hold in registers.
 SHAPES = [(1, 1), (5, 7), (6, 64), (2, 1000), (2, 2048), (1, 9000)]
-SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
-FLAGS = (
-    "-x c++ -std=c++20 -O1 -ffp-contract=off -fPIC -shared -DLLMQAT_EMULATED -Icsrc -Icsrc/include"
-    " -Itests/emulator -Wno-unknown-pragmas -fsanitize=alignment,bounds,shift"
-    " -fsanitize-undefined-trap-on-error"
-).split()
 
 pytestmark = pytest.mark.emulator
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    output = tmp_path_factory.mktemp("emulator") / "quantize.so"
-    command = [*compiler.split(), *FLAGS, "tests/emulator/quantize.cpp", "-o", str(output)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    library = ctypes.CDLL(str(output))
+def kernel():
+    library = compile_kernel("quantize")
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     inputs = [pointer, integer, long, long, integer, ctypes.c_bool]
     library.llmqat_cuda_quantize.argtypes = [*inputs, pointer, pointer, pointer]
@@ -68,7 +52,7 @@ def quantize(library, x, bits, bf16_scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, columns", SHAPES)
 def test_bits_equal_spec(kernel, schedule, dtype, rows, columns):
-    kernel.set_schedule(SCHEDULES[schedule])
+    kernel.use_schedule(schedule)
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)
     x[-1, columns // 2] = 40.0
     for bits, bf16_scale in ((8, False), (4, True)):
@@ -78,9 +62,19 @@ def test_bits_equal_spec(kernel, schedule, dtype, rows, columns):
         assert torch.equal(scale, want_scale)
 
 
+@pytest.mark.parametrize("place", [0, 300, 1023, 1500, 2047])
+def test_the_largest_value_may_lie_anywhere(kernel, place):
+    kernel.use_schedule("shuffled")
+    x = torch.ones(1, 2048)
+    x[0, place] = -9.0
+    codes, scale = quantize(kernel, x, 8, False)
+    assert scale.item() == torch.tensor(9.0).div(torch.tensor(127.0)).item()
+    assert codes[0, place] == -127
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_rows(kernel, dtype):
-    kernel.set_schedule(SCHEDULES["shuffled"])
+    kernel.use_schedule("shuffled")
     x = torch.randn(8, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0] = 0.0
     x[1, 95] = float("nan")
@@ -97,7 +91,7 @@ def test_special_rows(kernel, dtype):
 
 
 def test_unaligned_input_and_empty(kernel):
-    kernel.set_schedule(SCHEDULES["forward"])
+    kernel.use_schedule("forward")
     base = torch.randn(1 + 4 * 64, generator=torch.Generator().manual_seed(3))
     x = base[1:].view(4, 64)
     assert x.data_ptr() % 16 != 0

@@ -81,6 +81,8 @@ def test_auto_never_interprets_on_cuda(monkeypatch):
 def test_auto_prefers_triton_on_cuda(monkeypatch):
     monkeypatch.setattr(triton, "why_not", lambda: "")
     monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "not built")
     dispatch.resolve.cache_clear()
     choices = {op: dispatch.resolve(op, "cuda", "auto") for op in SCHEMAS}
     dispatch.resolve.cache_clear()
@@ -88,6 +90,39 @@ def test_auto_prefers_triton_on_cuda(monkeypatch):
     for op, choice in choices.items():
         if op not in triton.kernels():
             assert choice.kernel is COMPOSITES[op] and "composed" in choice.reason
+
+
+def test_auto_reads_pages_where_there_is_a_kernel_for_them(monkeypatch):
+    if not native.build_info().get("cuda"):
+        pytest.skip("built without CUDA")
+    monkeypatch.setattr(triton, "why_not", lambda: "")
+    monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
+    dispatch.resolve.cache_clear()
+    chosen = {
+        op: dispatch.resolve(op, "cuda", "auto").backend
+        for op in ("attention_decode", "attention_decode_paged", "rope_quantize_append_paged")
+    }
+    dispatch.resolve.cache_clear()
+    assert list(chosen.values()) == ["triton", "cuda", "cuda"]
+
+
+def test_the_reader_of_a_layout_is_its_writer(monkeypatch):
+    """Without triton's own kernel `auto` must not hand triton's layout to another backend."""
+    monkeypatch.setattr(triton, "why_not", lambda: "")
+    monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
+    monkeypatch.setattr(native, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_own_kernel", _every_kernel_but_triton_s_readers)
+    dispatch.resolve.cache_clear()
+    backends = {dispatch.resolve(op, "cuda", "auto").backend for op in dispatch.LAYOUT_READERS}
+    assert dispatch.resolve("repack_weight", "cuda", "auto").backend == "triton"
+    named = {dispatch.resolve(op, "cuda", "cuda").backend for op in dispatch.LAYOUT_READERS}
+    dispatch.resolve.cache_clear()
+    assert (backends, named) == ({"triton"}, {"cuda"})
+
+
+def _every_kernel_but_triton_s_readers(backend, op):
+    missing = backend == "triton" and op in ("repacked_matmul_silu_mul", "float_matmul")
+    return (None, "none") if missing else (torch.relu, "")
 
 
 def test_auto_announces_a_fallback_once(monkeypatch, caplog):

@@ -89,6 +89,28 @@ def test_product_equals_spec(backend, group_size):
         assert_same_bits(got, want)
 
 
+@pytest.mark.parametrize("group_size", [3, 8])
+def test_packed_activations_give_the_same_bits(backend, group_size):
+    """W4A4: the packed form of 4-bit codes, K odd and even."""
+    k = 3 * group_size
+    a, a_scale = qk.quantize(torch.randn(2, 3, k, generator=generator(1)), 4)
+    w = quantize.quantize_integer_groups(torch.randn(5, k, generator=generator(2)), 4, group_size)
+    want = qk.integer_group_matmul(a, a_scale, *w, group_size=group_size)
+    for codes in (w[0], qk.pack_int4(w[0])):
+        got = qk.integer_group_matmul(
+            qk.pack_int4(a), a_scale, codes, *w[1:], group_size=group_size
+        )
+        assert_same_bits(got, want)
+
+
+def test_packed_activations_of_another_length(backend):
+    w = quantize.quantize_integer_groups(torch.randn(5, 8), 4, 4)
+    with pytest.raises(qk.InvalidArgument, match="a: expected shape"):
+        qk.integer_group_matmul(
+            torch.zeros(2, 5, dtype=torch.uint8), torch.ones(2), *w, group_size=4
+        )
+
+
 def test_bad_arguments(backend):
     with pytest.raises(qk.InvalidArgument, match="bits"):
         qk.quantize_integer_groups(torch.ones(1, 4), 8, group_size=2)

@@ -113,12 +113,19 @@ def _integer_group_matmul():
     codes, multiplier, scale = qk.quantize_integer_groups(torch.randn(6, 16), 4, group_size=8)
     yield a, a_scale, codes, multiplier, scale, None, 8, torch.float32
     yield a, a_scale, qk.pack_int4(codes), multiplier, scale, torch.randn(6), 8, torch.bfloat16
+    yield qk.pack_int4(a), a_scale, codes, multiplier, scale, None, 8, torch.float32
 
 
 def _repacked_matmul():
     a, a_scale = qk.quantize(torch.randn(3, 16), 8)
     codes, scale = _linear()
     yield a, a_scale, qk.repack_weight(codes, 4), scale, None, 6, 4, -1, torch.float32
+
+
+def _repacked_matmul_silu_mul():
+    a, a_scale = qk.quantize(torch.randn(2, 3, 16), 8)
+    codes, scale = _linear()
+    yield a, a_scale, qk.repack_weight(codes, 4), scale, None, 6, 4, -1, torch.bfloat16
 
 
 def _repack_weight():
@@ -223,6 +230,36 @@ def _attention_decode():
         codes = cache.k_codes, cache.k_scale, cache.v_codes, cache.v_scale
         index = torch.tensor([0, 1, 1]), torch.tensor([0, 5, 8])
         yield torch.randn(3, 4, 8), *codes, *_tables(), *index, 0.3, cache.bits, cache.pre_rope
+
+
+def _paged():
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    for mode in ("paper", "serving"):
+        for bits in (4, 8, 16):
+            cache = qk.KVCache.allocate(4, 2, 64, 8, bits=bits, mode=mode)
+            yield cache, (cache.k_codes, cache.k_scale, cache.v_codes, cache.v_scale, table)
+
+
+def _rope_quantize_append_paged():
+    for cache, codes in _paged():
+        index = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 7])
+        x = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+        yield *x, *_tables(), *codes, *index, cache.bits, cache.pre_rope
+
+
+def _attention_decode_paged():
+    for cache, codes in _paged():
+        index = torch.tensor([0, 1, 1]), torch.tensor([0, 5, 8])
+        mode = 0.3, cache.bits, cache.pre_rope
+        yield torch.randn(3, 4, 8), *codes, *_tables(), *index, 8, *mode
+
+
+def _attention_decode_quantize():
+    for cache, codes in _paged():
+        index = torch.tensor([0, 1, 1]), torch.tensor([0, 5, 8])
+        mode = 0.3, cache.bits, cache.pre_rope
+        for table in (None, codes[-1]):
+            yield torch.randn(3, 4, 8), *codes[:-1], table, *_tables(), *index, 8, *mode, 8
 
 
 def _distillation_loss():

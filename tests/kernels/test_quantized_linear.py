@@ -76,6 +76,22 @@ def test_repacked_equals_plain(backend, m, n, k):
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stacked_gate_and_up_equal_two_steps(backend, dtype):
+    for m, n, k, w_bits, group_size in ((3, 22, 33, 4, -1), (2, 34, 64, 8, -1), (2, 8, 64, 4, 32)):
+        a, a_scale = qk.quantize(torch.randn(m, k, generator=generator(m)), 8)
+        w, scale = weights(n, k, w_bits, group_size)
+        bias = torch.randn(n, generator=generator(1)).to(dtype)
+        y = spec.quantized_matmul(a, a_scale, w, scale, bias, w_bits, group_size, dtype)
+        got = qk.repacked_matmul_silu_mul(
+            a, a_scale, qk.repack_weight(w, w_bits), scale, bias,
+            n=n, w_bits=w_bits, group_size=group_size, dtype=dtype,
+        )  # fmt: skip
+        assert_same_bits(got, qk.silu_mul(y[:, : n // 2].contiguous(), y[:, n // 2 :].contiguous()))
+    with pytest.raises(qk.InvalidArgument, match="even"):
+        qk.repacked_matmul_silu_mul(a, a_scale, w, torch.ones(7), n=7, w_bits=8)
+
+
 @pytest.mark.parametrize("k", [1, 31, 33, 1040, 1041, 4096, 11008, 28672])
 @pytest.mark.parametrize("w_bits", [4, 8])
 def test_worst_case_accumulators(backend, k, w_bits):

@@ -14,10 +14,10 @@ inline constexpr int kMaxWarps = 32;
 LLMQAT_DEVICE uint32_t row_max_u32(uint32_t v) {
   v = redux_max_u32(v);
   if (blockDim.x == kWarp) return v;
-  LLMQAT_SHARED uint32_t warp_max[kMaxWarps];
+  LLMQAT_STATIC_SHARED(uint32_t, warp_max, kMaxWarps);
   const unsigned lane = threadIdx.x % kWarp;
   if (lane == 0) warp_max[threadIdx.x / kWarp] = v;
-  __syncthreads();
+  sync_block();
   return redux_max_u32(lane < blockDim.x / kWarp ? warp_max[lane] : 0u);
 }
 

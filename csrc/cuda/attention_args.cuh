@@ -1,0 +1,59 @@
+// What the kernels of attention_decode share: arguments, the range of a query, partial sums.
+#pragma once
+
+#include "cuda/kv_layout.cuh"
+#include "llmqat/quant_math.h"
+
+namespace llmqat {
+
+struct AttentionArgs {
+  LlmqatKvCache cache;
+  LlmqatAttention p;
+  LlmqatRopeTables tables;
+  // These fit 32 bits (the launcher sees to it) and spare the kernels registers and divisions;
+  // they are widened before they are multiplied into an address.
+  int splits;           // of max_length
+  int group;            // query heads of a KV head
+  int64_t block_bytes;  // of the codes of all heads of a block
+};
+
+struct QueryRange {
+  int slot, length;  // length 0 where the slot or the length is outside the cache
+  bool inside;
+};
+
+LLMQAT_DEVICE QueryRange query_range(const AttentionArgs& args, int64_t query) {
+  const int64_t slot = args.p.slots[query], length = args.p.lengths[query];
+  const int64_t held = slot_capacity(args.cache);
+  const int64_t limit = args.p.max_length < held ? args.p.max_length : held;
+  const bool inside = slot >= 0 && slot < args.cache.slots && length >= 0 && length <= limit;
+  return {inside ? static_cast<int>(slot) : 0, inside ? static_cast<int>(length) : 0, inside};
+}
+
+// Partial sums of one query head over one split: sums[d] = sum_t e^(s_t - top) v_t[d] and
+// total = sum_t e^(s_t - top). Both may have been multiplied by one power of two.
+struct Partial {
+  float* sums;  // head_dim values
+  float *top, *total;
+};
+
+LLMQAT_DEVICE Partial partial_of(const AttentionArgs& args, int64_t query, int64_t head,
+                                 int64_t split) {
+  const int64_t at = (query * args.p.heads + head) * args.splits + split;
+  const int64_t count = args.p.n * args.p.heads * args.splits;
+  float* const ends = args.p.workspace + count * args.cache.head_dim;
+  return {args.p.workspace + at * args.cache.head_dim, ends + at, ends + count + at};
+}
+
+LLMQAT_DEVICE float load_float(const void* x, int dtype, int64_t i) {
+  if (dtype == LLMQAT_FLOAT32) return static_cast<const float*>(x)[i];
+  if (dtype == LLMQAT_BFLOAT16) return to_float(static_cast<const bf16*>(x)[i]);
+  return to_float(static_cast<const fp16*>(x)[i]);
+}
+
+// The launchers of the three kernels; blocks beyond a query's length leave at once.
+int launch_attention_mma(const AttentionArgs& args, void* stream);
+int launch_attention_scalar(const AttentionArgs& args, void* stream);
+int launch_attention_combine(const AttentionArgs& args, void* stream);
+
+}  // namespace llmqat

@@ -1,0 +1,59 @@
+// The C interface of the operators on the KV cache (spec 9): no torch, no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launchers.h"
+
+extern "C" {
+
+enum LlmqatStorage {
+  LLMQAT_KV_INT8 = 0,
+  LLMQAT_KV_INT4 = 1,  // two codes a byte
+  LLMQAT_KV_FLOAT32 = 2,
+  LLMQAT_KV_BFLOAT16 = 3,
+  LLMQAT_KV_FLOAT16 = 4
+};
+
+// Codes [blocks, heads, block_tokens, D or D / 2], scales [blocks, block_tokens] (pre_rope) or
+// [blocks, heads, block_tokens]. Contiguous: a block is a slot. Paged: a block is a page of 64
+// tokens, and page_table [slots, pages] says which page holds tokens 64 * j .. 64 * j + 63 of a
+// slot; entries of tokens that a slot does not have are never read.
+struct LlmqatKvCache {
+  void *k, *v;
+  float *k_scale, *v_scale;   // not read for float storage
+  const int32_t* page_table;  // null: contiguous
+  int64_t slots, pages;       // rows and columns of the table; pages = 0 without one
+  int64_t blocks, heads, block_tokens, head_dim;
+  int storage, bits;
+  bool pre_rope;  // K is stored before RoPE, one scale a token (`paper`); never with float storage
+};
+
+struct LlmqatRopeTables {
+  const float *cos, *sin;  // [rows, D / 2]
+  int64_t rows;
+};
+
+// k, v [n, heads, D] to places (slots[i], positions[i]); a place outside the cache is not written.
+int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache, const void* k, const void* v,
+                                     int dtype, int64_t n, const LlmqatRopeTables* tables,
+                                     const int64_t* slots, const int64_t* positions, void* stream);
+
+struct LlmqatAttention {
+  const void* q;                   // [n, heads, D] of dtype
+  const int64_t *slots, *lengths;  // [n]; a slot or length outside the cache gives NaN
+  void* out;                       // [n, heads, D] of dtype
+  int8_t* codes;       // [n, heads * D]: quantize(out) at quantize_bits; null: not wanted
+  float* codes_scale;  // [n]
+  float* workspace;    // attention_workspace_bytes (heuristics_attention.h)
+  uint32_t* tickets;   // [n], when codes are wanted; anything before and after
+  int64_t n, heads;
+  int64_t max_length;  // sizes the grid; a longer query gives NaN
+  float scaling;
+  int dtype, quantize_bits;
+};
+
+int llmqat_cuda_attention_decode(const LlmqatKvCache* cache, const LlmqatAttention* problem,
+                                 const LlmqatRopeTables* tables, void* stream);
+
+}  // extern "C"

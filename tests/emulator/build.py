@@ -1,0 +1,136 @@
+"""Compiles CUDA sources for the CPU with the emulator's headers and loads them.
+
+``compile_kernel("quantize")`` builds ``tests/emulator/quantize.cpp``, which includes the ``.cu``
+file. Libraries are kept in ``build/emulator`` under a hash of the flags and of every file that went
+into them, so a test compiles only what changed.
+
+The environment tells ``compile_kernel`` to take other sources (``LLMQAT_EMULATOR_TREE``: bugs are
+planted in a copy) or other flags (``LLMQAT_EMULATOR_FLAGS``: sanitizers).
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / "build" / "emulator"
+# What emulated/block.h calls them, in the order of its enum.
+SCHEDULES = ("forward", "reverse", "shuffled", "greedy", "lagging")
+
+# Signed overflow is checked: a 32-bit index that overflows is a fault, not a wrong address.
+FLAGS = (
+    "-x c++ -std=c++20 -ffp-contract=off -fPIC -shared -DLLMQAT_EMULATED"
+    " -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter"
+).split()
+FAST = (
+    "-O2 -fsanitize=alignment,bounds,shift,signed-integer-overflow"
+    " -fsanitize-undefined-trap-on-error"
+).split()
+# Used where the compiler knows them. Local variables that a kernel does not set are 0xFE bytes; the
+# variables of two libraries stay apart (GCC would share inline ones over the whole process).
+OPTIONAL = ("-ftrivial-auto-var-init=pattern", "-fno-gnu-unique")
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did what a device forbids; the message names the block and the thread."""
+
+
+class Kernels(ctypes.CDLL):
+    """A library whose functions raise :class:`EmulatorError` when the emulator found a fault."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._take_error = ctypes.CDLL.__getitem__(self, "emulator_take_error")
+        self._take_error.restype = ctypes.c_char_p
+        self._set_schedule = ctypes.CDLL.__getitem__(self, "emulator_set_schedule")
+        self._set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint]
+
+    def __getitem__(self, name):
+        function = super().__getitem__(name)
+        function.errcheck = self._check
+        return function
+
+    def _check(self, result, function, arguments):
+        message = self._take_error().decode()
+        if message:
+            raise EmulatorError(message)
+        return result
+
+    def use_schedule(self, name: str, seed: int = 1) -> None:
+        """The order of threads and blocks from now on, one of ``SCHEDULES``."""
+        self._set_schedule(SCHEDULES.index(name), seed)
+
+
+@functools.cache
+def compiler() -> list[str] | None:
+    """The C++ compiler as a command, or None."""
+    command = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    return shlex.split(command) if command else None
+
+
+@functools.cache
+def _accepts(flag: str) -> bool:
+    command = [*compiler(), flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def compile_library(source: Path, flags: list[str], root: Path = ROOT, cache: Path = CACHE) -> Path:
+    """Compile ``source`` against the tree ``root`` into a library, unless it is in the cache.
+
+    Skips the test where there is no compiler; raises RuntimeError with its output if it fails.
+    """
+    if compiler() is None:
+        pytest.skip("no C++ compiler: set CXX")
+    include = [f"-I{root / name}" for name in ("csrc", "csrc/include", "tests/emulator")]
+    optional = [flag for flag in OPTIONAL if _accepts(flag)]
+    command = [*compiler(), *FLAGS, *optional, *flags, *include, str(source)]
+    cache.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
+    depfile = cache / f"{source.stem}-{key}.d"
+    if depfile.is_file():
+        library = _library(cache, source, key, depfile)
+        if library is not None and library.is_file():
+            return library
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        output, listed = Path(folder) / "library.so", Path(folder) / "files.d"
+        done = subprocess.run(
+            [*command, "-o", str(output), "-MD", "-MF", str(listed)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        library = _library(cache, source, key, listed)
+        os.replace(output, library)
+        os.replace(listed, depfile)
+    return library
+
+
+def _library(cache: Path, source: Path, key: str, depfile: Path) -> Path | None:
+    """Where the library of these file contents lies; None if a file is gone."""
+    names = depfile.read_text().replace("\\\n", " ").partition(": ")[2].split()
+    digest = hashlib.sha256(key.encode())
+    for name in names:
+        try:
+            digest.update(Path(name).read_bytes())
+        except OSError:
+            return None
+    return cache / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+
+
+def compile_kernel(name: str, arch: int = 80) -> Kernels:
+    """``tests/emulator/<name>.cpp`` as a library, on the code paths and limits of ``sm_<arch>``."""
+    tree = Path(os.environ.get("LLMQAT_EMULATOR_TREE") or ROOT)
+    flags = shlex.split(os.environ.get("LLMQAT_EMULATOR_FLAGS") or "") or FAST
+    flags = [*flags, f"-DLLMQAT_EMULATED_ARCH={arch}"]
+    cache = tree / CACHE.relative_to(ROOT)
+    return Kernels(compile_library(tree / "tests/emulator" / f"{name}.cpp", flags, tree, cache))

@@ -1,0 +1,2 @@
+// csrc/cuda/float_linear.cu, compiled for the CPU.
+#include "cuda/float_linear.cu"

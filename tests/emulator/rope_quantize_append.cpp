@@ -1,0 +1,2 @@
+// csrc/cuda/rope_quantize_append.cu, compiled for the CPU.
+#include "cuda/rope_quantize_append.cu"

@@ -1,0 +1,199 @@
+"""The CUDA attention_decode on the CPU: the 2x rule, and to the bit where nothing may matter."""
+
+import ctypes
+from itertools import product
+
+import pytest
+import torch
+
+from llmqat_kernels.spec import attention as spec
+from llmqat_kernels.spec import quantize
+from llmqat_kernels.spec.rope import rope_quantize_append
+from llmqat_kernels.testing import assert_within_ratio
+from tests.emulator.build import SCHEDULES, compile_kernel
+from tests.emulator.kv import DTYPES, Attention, cache_of, paged, tables_of
+from tests.emulator.memory import guard, poisoned
+from tests.kernels.kv_cases import MODES, empty_cache, fill, tables
+from tests.kernels.test_attention_decode_spec import exact
+
+pytestmark = pytest.mark.emulator
+SPLIT = 256
+KV_HEADS = 2  # what exact() assumes
+LENGTHS = (65, 1, 300, 0, 63, 64)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    library = compile_kernel("attention_decode")
+    library.llmqat_cuda_attention_decode.restype = ctypes.c_int
+    return library
+
+
+def case(bits, mode, head_dim, dtype, group, lengths, picked=None, tokens=None, kind="nan"):
+    """The arguments of spec.attention_decode; queries of the `picked` slots, all in reverse."""
+    tokens = tokens or max(lengths)
+    cache = empty_cache(len(lengths), KV_HEADS, tokens, head_dim, bits, mode, kind)
+    fill(rope_quantize_append, cache, lengths, KV_HEADS, head_dim, bits, mode, dtype)
+    slots = torch.tensor(list(range(len(lengths)))[::-1] if picked is None else picked)
+    random = torch.Generator().manual_seed(5)
+    q = torch.randn(len(slots), KV_HEADS * group, head_dim, generator=random).to(dtype)
+    own = torch.tensor(lengths)[slots]
+    pre_rope = mode == "paper" and bits != 16
+    return [q, *cache, *tables(tokens, head_dim), slots, own, head_dim**-0.5, bits, pre_rope]
+
+
+def attend(kernel, args, quantize_bits=None, table=None, max_length=None):
+    """out, or (out, codes, scale), of the launcher; every buffer lies on guarded pages."""
+    q, *cache_tensors, cos, sin, slots, lengths, scaling, bits, pre_rope = args
+    n, heads, dim = q.shape
+    cache = cache_of(cache_tensors, dim, bits, pre_rope, table)
+    if max_length is None:
+        max_length = cache_tensors[0].shape[2] if table is None else table.shape[1] * 64
+    rope, kept = tables_of(cos, sin)
+    inputs = [guard(t) for t in (q, slots, lengths)]
+    splits = -(-max_length // SPLIT)
+    out = poisoned(q.shape, q.dtype)
+    work = poisoned((n * heads * splits * (dim + 2),), torch.float32)
+    codes, scale = poisoned((n, heads * dim), torch.int8), poisoned((n,), torch.float32)
+    tickets = poisoned((n,), torch.int32)
+    problem = Attention(
+        q=inputs[0].pointer,
+        slots=inputs[1].pointer,
+        lengths=inputs[2].pointer,
+        out=out.pointer,
+        codes=None if quantize_bits is None else codes.pointer,
+        codes_scale=scale.pointer,
+        workspace=work.pointer,
+        tickets=tickets.pointer,
+        n=n,
+        heads=heads,
+        max_length=max_length,
+        scaling=scaling,
+        dtype=DTYPES[q.dtype],
+        quantize_bits=quantize_bits or 0,
+    )
+    error = kernel.llmqat_cuda_attention_decode(
+        ctypes.byref(cache.struct), ctypes.byref(problem), ctypes.byref(rope), None
+    )
+    assert error == 0
+    for buffer in (work, tickets, *inputs, *kept):
+        buffer.check()
+    cache.check()
+    if quantize_bits is None:
+        return out.check()
+    return out.check(), codes.check(), scale.check()
+
+
+def assert_two_times_rule(kernel, args):
+    got = attend(kernel, args)
+    plain, want = spec.attention_decode(*args), exact(args)
+    assert_within_ratio(got, plain, want, 2.0)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "head_dim, bits, mode",
+    [*product((64, 128), (4, 8), MODES), (64, 16, "paper")],  # a float cache has one mode
+)
+def test_within_twice_the_error_of_plain_torch(kernel, dtype, mode, bits, head_dim):
+    kernel.use_schedule("shuffled")
+    group = 3 if head_dim == 64 else 4
+    lengths = (300, 1, 0) if dtype != torch.float32 else (65, 1, 0)
+    assert_two_times_rule(kernel, case(bits, mode, head_dim, dtype, group, lengths))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_lengths_around_a_page(kernel, mode, bits):
+    kernel.use_schedule("reverse")
+    assert_two_times_rule(kernel, case(bits, mode, 64, torch.bfloat16, 1, LENGTHS))
+
+
+@pytest.mark.parametrize("group", [8, 9])
+def test_query_heads_of_more_than_one_fragment(kernel, group):
+    assert_two_times_rule(kernel, case(8, "paper", 64, torch.float16, group, (17,)))
+
+
+def test_any_even_head_dimension(kernel):
+    for bits in (4, 8):
+        assert_two_times_rule(kernel, case(bits, "paper", 6, torch.bfloat16, 2, (33, 5)))
+
+
+def test_extreme_scales_and_queries(kernel):
+    """fp16 fragments must not overflow or lose a token whose values are tiny."""
+    args = case(8, "serving", 64, torch.bfloat16, 2, (40,))
+    args[0] = args[0] * 1e20
+    args[2] = args[2] * 1e-20
+    args[4] = args[4] * torch.logspace(-20, 20, 40)
+    assert_two_times_rule(kernel, args)
+    args[4] = args[4] * 1e-25
+    assert_two_times_rule(kernel, args)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_schedule_changes_a_bit(kernel, schedule):
+    args = case(4, "paper", 64, torch.bfloat16, 3, (257,))
+    kernel.use_schedule("forward")
+    want = attend(kernel, args, 8)
+    kernel.use_schedule(schedule, seed=3)
+    for g, w in zip(attend(kernel, args, 8), want, strict=True):
+        assert torch.equal(g, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_pages_and_what_lies_beyond_change_no_bit(kernel, dtype, mode):
+    kernel.use_schedule("greedy")
+    lengths = (65, 20, 130) if dtype == torch.float16 else (65, 3)
+    args = case(8, mode, 64, dtype, 2, lengths, kind="nan")
+    want = attend(kernel, args)
+    alone = case(8, mode, 64, dtype, 2, lengths, kind="random")
+    for i in range(len(lengths)):
+        one = [args[0][i : i + 1], *alone[1:7], args[7][i : i + 1], args[8][i : i + 1], *args[9:]]
+        assert torch.equal(attend(kernel, one), want[i : i + 1])
+    pools, table = paged(args[1:5], seed=1)
+    table = torch.where(  # pages that no token of the slot lies on
+        torch.arange(table.shape[1]) * 64 < torch.tensor(lengths)[:, None], table, 2**30
+    ).to(torch.int32)
+    assert torch.equal(attend(kernel, [args[0], *pools, *args[5:]], table=table), want)
+    longest = max(lengths)
+    assert torch.equal(
+        attend(kernel, [args[0], *pools, *args[5:]], table=table, max_length=longest), want
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_the_output_row_are_those_of_quantize(kernel, dtype):
+    kernel.use_schedule("lagging")
+    args = case(8, "serving", 64, dtype, 2, (20, 0))
+    out, codes, scale = attend(kernel, args, 8)
+    assert torch.equal(out, attend(kernel, args))
+    want_codes, want_scale = quantize.quantize(out.flatten(1), 8)
+    assert torch.equal(codes, want_codes) and torch.equal(scale, want_scale)
+    assert (out[0] == 0).all() and scale[0] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_places_outside_and_nan_inside_give_nan(kernel, dtype):
+    args = case(8, "paper", 64, dtype, 1, (5, 9, 3), tokens=9)
+    args[7], args[8] = torch.tensor([3, 0, -1, 1]), torch.tensor([2, 10, 1, 9])
+    args[0] = args[0][:1].expand(4, -1, -1).contiguous()
+    out = attend(kernel, args)
+    assert out[:3].isnan().all() and not out[3].isnan().any()
+    for scales in (2, 4):
+        changed = [t.clone() if isinstance(t, torch.Tensor) else t for t in args]
+        changed[scales][1, 4] = float("nan")
+        assert attend(kernel, changed)[3].isnan().all()
+    changed = list(args)
+    changed[5], changed[6] = args[5][:8].contiguous(), args[6][:8].contiguous()
+    assert attend(kernel, changed)[3].isnan().all()  # a token past the RoPE tables
+    pools, table = paged(args[1:5], seed=0)
+    table[1, 0] = 77
+    assert attend(kernel, [args[0], *pools, *args[5:]], table=table)[3].isnan().all()
+
+
+def test_empty_batch(kernel):
+    args = case(8, "paper", 64, torch.float16, 1, (5,))
+    none = [args[0][:0], *args[1:7], args[7][:0], args[8][:0], *args[9:]]
+    assert attend(kernel, none).shape == (0, KV_HEADS, 64)

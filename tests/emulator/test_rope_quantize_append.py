@@ -1,0 +1,129 @@
+"""The CUDA rope_quantize_append on the CPU: the bytes of spec 9, contiguous and paged."""
+
+import ctypes
+
+import pytest
+import torch
+
+from llmqat_kernels.spec import rope as spec
+from tests.emulator.build import SCHEDULES, compile_kernel
+from tests.emulator.kv import DTYPES, cache_of, gathered, paged, tables_of
+from tests.emulator.memory import guard
+from tests.kernels.kv_cases import MODES, empty_cache, tables
+
+pytestmark = pytest.mark.emulator
+TOKENS = 130
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    library = compile_kernel("rope_quantize_append")
+    library.llmqat_cuda_rope_quantize_append.restype = ctypes.c_int
+    return library
+
+
+def rows(n, heads, head_dim, dtype, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(2, n, heads, head_dim, generator=random).to(dtype)
+
+
+def append(kernel, k, v, cos, sin, cache, slots, positions):
+    kept = [guard(t) for t in (k, v, slots, positions)]
+    table, _own = tables_of(cos, sin)
+    error = kernel.llmqat_cuda_rope_quantize_append(
+        ctypes.byref(cache.struct),
+        ctypes.c_void_p(kept[0].pointer),
+        ctypes.c_void_p(kept[1].pointer),
+        DTYPES[k.dtype],
+        ctypes.c_int64(k.shape[0]),
+        ctypes.byref(table),
+        ctypes.c_void_p(kept[2].pointer),
+        ctypes.c_void_p(kept[3].pointer),
+        None,
+    )
+    assert error == 0
+    return cache.check()
+
+
+def same(got, want):
+    for g, w in zip(got, want, strict=True):
+        if g.is_floating_point():
+            assert torch.equal(g.isnan(), w.isnan())
+            g, w = g.nan_to_num(), w.nan_to_num()
+        assert torch.equal(g, w)
+
+
+def check(kernel, k, v, bits, mode, slots, positions, float_dtype=torch.float32, is_paged=False):
+    head_dim = k.shape[-1]
+    pre_rope = mode == "paper" and bits != 16
+    cos, sin = tables(TOKENS, head_dim)
+    before = empty_cache(3, k.shape[1], TOKENS, head_dim, bits, mode, "random", float_dtype)
+    want = [t.clone() for t in before]
+    spec.rope_quantize_append(k, v, cos, sin, *want, slots, positions, bits, pre_rope)
+    if is_paged:
+        pools, table = paged(before, seed=3)
+        cache = cache_of(pools, head_dim, bits, pre_rope, table)
+        got = gathered(append(kernel, k, v, cos, sin, cache, slots, positions), table, TOKENS)
+    else:
+        cache = cache_of(before, head_dim, bits, pre_rope)
+        got = append(kernel, k, v, cos, sin, cache, slots, positions)
+    same(got, want)
+
+
+SLOTS = torch.tensor([2, 0, 0])
+POSITIONS = torch.tensor([129, 0, 64])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", MODES)
+def test_bits_equal_spec_under_every_schedule(kernel, schedule, mode):
+    kernel.use_schedule(schedule)
+    k, v = rows(3, 3, 64, torch.bfloat16)
+    check(kernel, k, v, 4, mode, SLOTS, POSITIONS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head_dim", [6, 64, 128])
+def test_bits_equal_spec(kernel, dtype, bits, mode, head_dim):
+    kernel.use_schedule("shuffled")
+    k, v = rows(3, 2, head_dim, dtype)
+    k[1, 0, 1] = float("nan")
+    v[2] = 0
+    check(kernel, k, v, bits, mode, SLOTS, POSITIONS)
+    check(kernel, k[:1], v[:1], bits, mode, SLOTS[:1], POSITIONS[:1], is_paged=True)
+
+
+@pytest.mark.parametrize("float_dtype", [torch.bfloat16, torch.float16])
+def test_half_width_float_cache(kernel, float_dtype):
+    k, v = rows(2, 1, 64, torch.float32)
+    check(kernel, k, v, 16, "serving", SLOTS[:2], POSITIONS[:2], float_dtype)
+
+
+def test_rows_wider_than_the_registers(kernel):
+    kernel.use_schedule("forward")
+    k, v = rows(1, 72, 128, torch.bfloat16)
+    check(kernel, k, v, 8, "paper", SLOTS[:1], POSITIONS[:1])
+
+
+def test_places_outside_are_not_written(kernel):
+    k, v = rows(4, 2, 64, torch.float16)
+    cos, sin = tables(TOKENS, 64)
+    before = empty_cache(3, 2, TOKENS, 64, 8, "serving", "random")
+    slots, positions = torch.tensor([3, -1, 0, 0]), torch.tensor([0, 0, TOKENS, -1])
+    for table in (None, torch.full((3, 3), 99, dtype=torch.int32)):
+        cache = cache_of(before, 64, 8, False, table)
+        same(append(kernel, k, v, cos, sin, cache, slots, positions), before)
+
+
+def test_positions_past_the_tables_and_no_rows(kernel):
+    k, v = rows(1, 1, 64, torch.float16)
+    cos, sin = tables(5, 64)
+    before = empty_cache(1, 1, 9, 64, 8, "serving", "random")
+    cache = cache_of(before, 64, 8, False)
+    one = torch.tensor([0])
+    k_codes, k_scale, _, v_scale = append(kernel, k, v, cos, sin, cache, one, one + 5)
+    assert k_scale[0, 0, 5].isnan() and (k_codes[0, 0, 5] == 0).all()
+    assert not v_scale[0, 0, 5].isnan()
+    append(kernel, k[:0], v[:0], cos, sin, cache, one[:0], one[:0])
