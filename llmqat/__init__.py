@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config import QATConfig
     from .convert import conversion_report, convert, prepare
     from .runtime.engine import Engine
+    from .runtime.quantized_cache import QuantizedCache
     from .train.trainer import QATTrainer
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "save_pretrained": "checkpoint",
     "from_pretrained": "checkpoint",
     "Engine": "runtime.engine",
+    "QuantizedCache": "runtime.quantized_cache",
     "QATTrainer": "train.trainer",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "Engine",
     "QATConfig",
     "QATTrainer",
+    "QuantizedCache",
     "conversion_report",
     "convert",
     "from_pretrained",

@@ -157,7 +157,12 @@ def measure(
     shape, limit = ModelShape.from_config(model.config), _longest(model)
     possible = [length for length in lengths if length <= limit]
     engine = Engine(
-        model, max_slots=batch, max_len=max(possible, default=1), kv_bits=16, kv_mode=kv_mode
+        model,
+        max_slots=batch,
+        max_len=max(possible, default=1),
+        kv_bits=16,
+        kv_mode=kv_mode,
+        graphs=False,  # no slot for padding
     )
     engine.replace_cache(max_len=1)
     rows = []

@@ -57,6 +57,12 @@ class GenerateArguments:
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; torch's default otherwise."}
     )
+    graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "On CUDA, replay decode steps as graphs; --no-graphs launches each kernel."
+        },
+    )
     json: bool = field(
         default=False, metadata={"help": "Print one JSON object instead of streaming the text."}
     )
@@ -108,6 +114,7 @@ def run(arguments: GenerateArguments) -> None:
         kv_bits=a.kv_bits,
         kv_mode=a.kv_mode,
         head_bits=a.head_bits,
+        graphs=None if a.graphs else False,
     )
     del model  # the engine holds the weights in its own layout
 

@@ -70,7 +70,10 @@ class GenerateDataArguments:
         default="0/1", metadata={"help": "i/n: write the i-th of n parts of the dataset."}
     )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    dtype: str = field(default="float32", metadata={"help": "Precision of the teacher."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Precision of the teacher; auto: float32 on the CPU, bfloat16 on CUDA."},
+    )
     kv_bits: int = field(
         default=16,
         metadata={
@@ -82,6 +85,12 @@ class GenerateDataArguments:
     )
     threads: int | None = field(
         default=None, metadata={"help": "CPU threads; torch's default otherwise."}
+    )
+    graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "On CUDA, replay decode steps as graphs; --no-graphs launches each kernel."
+        },
     )
     records_per_part: int = field(default=128, metadata={"help": "Records per parquet file."})
     json: bool = field(default=False, metadata={"help": "Print one JSON object with the result."})
@@ -96,7 +105,9 @@ def run(arguments: GenerateDataArguments) -> None:
     recipe = Recipe(a.strategy, a.first_token, a.max_len, a.temperature, a.top_k, a.seed)
     records = _records(a)
     parse_shard(a.shard)
-    device, dtype = parse_device(a.device), parse_dtype(a.dtype)
+    device = parse_device(a.device)
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = auto if a.dtype == "auto" else parse_dtype(a.dtype)
     set_threads(a.threads)
     model = load_model(a.model, dtype=dtype, device=device)
     stops = stop_ids(model)
@@ -109,6 +120,7 @@ def run(arguments: GenerateDataArguments) -> None:
         max_len=a.max_len,
         kv_bits=a.kv_bits,
         kv_mode=a.kv_mode,
+        graphs=None if a.graphs else False,
     )
     del model  # the engine holds the weights in its own layout
     if engine.kv_bits < 16:

@@ -28,6 +28,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -51,6 +52,8 @@ MODELS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
 
 __all__ = [
     "MODELS",
+    "Cache",
+    "CacheLayerMixin",
     "Conv1D",
     "LlamaAttention",
     "LlamaDecoderLayer",

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from llmqat.config import KV_MODES, PACKED_KV_BITS
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family
-from llmqat.runtime.forward import Forward
+from llmqat.runtime.forward import OPERATORS, Forward
+from llmqat.runtime.graphs import DecodePlan, StaticDecode, make_plan
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
 from llmqat.runtime.screen import SCREEN_ROWS
 from llmqat.runtime.support import check_cache, default_max_len
+from llmqat.runtime.transfer import upload
 from llmqat.runtime.weights import can_screen, extract
 from llmqat_kernels import KVCache, current_backend
 from llmqat_kernels.dispatch import resolve
@@ -53,10 +55,12 @@ class Engine:
         screen_head: keep an 8-bit screen beside a float head, so that greedy tokens read about half
             of its bytes; the same tokens. None does so for heads of at least 8192 rows that can
             have one: finite, without a bias, on the ``cpu`` backend.
+        graphs: replay decode steps as CUDA graphs; None does so on CUDA where every operator has a
+            kernel. Then the cache has one slot more, unless ``max_slots`` is at most 3.
 
     Raises:
-        ConfigError: an unsupported model or KV setting, or ``screen_head`` for a head that cannot
-            have a screen. InvalidArgument: sizes out of range.
+        ConfigError: an unsupported model or KV setting, ``screen_head`` for a head that cannot have
+            a screen, or ``graphs`` where there are none. InvalidArgument: sizes out of range.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Engine:
         head_bits: int = 16,
         fuse: bool = True,
         screen_head: bool | None = None,
+        graphs: bool | None = None,
     ) -> None:
         if max_slots < 1:
             raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
@@ -96,6 +101,10 @@ class Engine:
         self.vocab_size: int = weights.head.n
         self.backend = current_backend()
         self._family, self._fuse = family, fuse
+        used = {
+            op: resolve(op, self.device.type, self.backend).backend for op in (*OPERATORS, "sample")
+        }
+        self._plan = make_plan(self.device, used, graphs)
         self.replace_cache(
             max_len=max_len,
             kv_bits=min(quantization.kv_bits if kv_bits is None else kv_bits, 16),
@@ -103,13 +112,19 @@ class Engine:
         )
 
     def replace_cache(
-        self, *, max_len: int, kv_bits: int | None = None, kv_mode: str | None = None
+        self,
+        *,
+        max_len: int,
+        kv_bits: int | None = None,
+        kv_mode: str | None = None,
+        plan: DecodePlan | None = None,
     ) -> None:
         """An empty KV cache of another length, width or mode; every sequence is forgotten.
 
         Args:
             max_len: tokens per sequence, at most those of the rotary tables: the constructor's.
             kv_bits, kv_mode: as of the constructor; None keeps the present ones.
+            plan: how decode steps run from now on; None keeps it.
 
         Raises:
             ConfigError: an unsupported KV setting. InvalidArgument: ``max_len``.
@@ -129,11 +144,13 @@ class Engine:
                 f"kv_mode: {self.kv_mode!r} is not supported; use {' or '.join(KV_MODES)}"
             )
         check_cache(self._family, self.kv_bits, self.kv_mode)
-        for name in ("_caches", "forward"):  # both hold the old cache: free it before the new one
+        self._plan = self._plan if plan is None else plan
+        for name in ("_caches", "forward", "static"):  # they hold the old cache: free it first
             vars(self).pop(name, None)
+        scratch = self._plan.scratch_slots(self.max_slots)
         self._caches = [
             KVCache.allocate(
-                self.max_slots,
+                self.max_slots + scratch,
                 weights.kv_heads,
                 max_len,
                 weights.head_dim,
@@ -146,8 +163,20 @@ class Engine:
         ]
         self._lengths = [0] * self.max_slots
         self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=self._fuse)
+        self.static = StaticDecode(
+            self.forward,
+            self.max_slots,
+            self._plan,
+            scratch=self.max_slots if scratch else None,
+            screens=self.screens,
+        )
 
     # What it holds
+
+    @property
+    def plan(self) -> DecodePlan:
+        """How decode steps run."""
+        return self._plan
 
     @property
     def weight_bytes(self) -> dict[str, int]:
@@ -210,7 +239,7 @@ class Engine:
         """Append ``tokens[i]`` to ``slots[i]``: logits [n, V] after the last of each. Errors as
         :meth:`prefill`.
         """
-        return self.forward.logits(self._append(slots, tokens))
+        return self.forward.logits(self.append(slots, tokens))
 
     @property
     def screens(self) -> bool:
@@ -227,10 +256,18 @@ class Engine:
         """
         if not self.screens:
             raise InvalidArgument("screen_head: this engine has no screen of its head; use extend")
-        return self.forward.greedy(self._append(slots, tokens)).tolist()  # type: ignore[no-any-return]
+        return self.forward.greedy(self.append(slots, tokens)).tolist()  # type: ignore[no-any-return]
 
-    def _append(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append ``tokens[i]`` to ``slots[i]``: the residual stream [n, H] of the last of each."""
+    def decoded(self, slots: Iterable[int]) -> None:
+        """Count one more token in each of ``slots``, which a static step has written."""
+        for slot in slots:
+            self._lengths[slot] += 1
+
+    @torch.inference_mode()
+    def append(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Append ``tokens[i]`` to ``slots[i]``: the residual stream [n, H] of the last of each.
+        Errors as :meth:`prefill`.
+        """
         self._check_slots(slots)
         if len(slots) != len(tokens):
             raise InvalidArgument(
@@ -319,24 +356,22 @@ class Engine:
         """
         if len(ids) <= ROWS_PER_PASS:
             hidden = self._blocks(ids, slots, positions)
-            return (
-                hidden if len(last) == len(ids) else hidden[torch.tensor(last, device=self.device)]
-            )
+            return hidden if len(last) == len(ids) else self._select(hidden, last)
         wanted, kept = set(last), []
         for begin in range(0, len(ids), ROWS_PER_PASS):
             end = min(begin + ROWS_PER_PASS, len(ids))
             hidden = self._blocks(ids[begin:end], slots[begin:end], positions[begin:end])
             rows = [row - begin for row in range(begin, end) if row in wanted]
-            kept.append(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
+            kept.append(self._select(hidden, rows))
         return torch.cat(kept)
+
+    def _select(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        return hidden.index_select(0, upload(rows, torch.int64, self.device))
 
     def _blocks(self, ids: list[int], slots: list[int], positions: list[int]) -> Tensor:
         """The residual stream [n, H] after the last block."""
-        ids_, slots_, positions_ = (
-            torch.tensor(values, dtype=torch.int64, device=self.device)
-            for values in (ids, slots, positions)
-        )
-        return self.forward(ids_, slots_, positions_)
+        columns = (upload(values, torch.int64, self.device) for values in (ids, slots, positions))
+        return self.forward(*columns)
 
 
 def _wants_screen(model: nn.Module, head_bits: int, asked: bool | None) -> bool:

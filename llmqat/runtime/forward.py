@@ -6,7 +6,8 @@ layout), so a pass is a short list of calls: per block with quantized activation
     rms_norm_quantize(+residual) > qkv > rope_quantize_append > rope(q) > attention_decode
     > quantize > o > rms_norm_quantize(+residual) > gate_up > silu_mul_quantize > down
 
-On the CPU these blocks are one native call that does the same (``fused``).
+A backend with kernels for ``attention_decode_quantize`` and ``repacked_matmul_silu_mul`` runs
+those instead; the bits are the same. On the CPU these blocks are one native call (``fused``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from llmqat.runtime.fused import FusedBlocks, Rows, fused_kernel
 from llmqat.runtime.weights import Block, FusedLinear, ModelWeights
 from llmqat_kernels import KVCache
+from llmqat_kernels.backends.composite import COMPOSITES
 from llmqat_kernels.dispatch import resolve
 
 OPERATORS = (
@@ -37,6 +39,9 @@ OPERATORS = (
     "rope_quantize_append",
     "attention_decode",
 )
+
+JOINED = ("attention_decode_quantize", "repacked_matmul_silu_mul")
+"""Pairs of operators as one, used where a backend has a kernel for it."""
 
 Step = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor | None]]
 """(stream [n, H], what is to be added to it, rows) -> the same two after some blocks."""
@@ -64,6 +69,9 @@ class Forward:
         self.weights, self.dtype = weights, dtype
         device = weights.embedding.device.type
         choices = {op: resolve(op, device, backend) for op in OPERATORS}
+        joined = {op: resolve(op, device, backend) for op in JOINED}
+        self._joined = {op for op in JOINED if joined[op].kernel is not COMPOSITES[op]}
+        choices |= {op: joined[op] for op in self._joined}
         self.backends = {op: choice.backend for op, choice in choices.items()}
         self.kernels = SimpleNamespace(**{op: choice.kernel for op, choice in choices.items()})
         self._heads = (weights.heads, weights.kv_heads, weights.kv_heads)
@@ -89,11 +97,13 @@ class Forward:
         """Whether some blocks run as one native call."""
         return any(isinstance(step, FusedBlocks) for step in self._steps)
 
-    def __call__(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, lengths: Tensor | None = None
+    ) -> Tensor:
         """tokens, slots, positions int64 [n] -> the residual stream [n, H] after the last block: a
-        fixed sequence of operators, whatever n is.
+        fixed sequence of operators, whatever n is. ``lengths``: ``positions + 1`` where it exists.
         """
-        rows = Rows(slots, positions, positions + 1)
+        rows = Rows(slots, positions, positions + 1 if lengths is None else lengths)
         stream = self.weights.embedding.index_select(0, tokens).to(self.dtype)
         delta: Tensor | None = None
         for step in self._steps:
@@ -112,14 +122,22 @@ class Forward:
         )
         if delta is not None:
             stream = total
-        mixed = self._attend(block, cache, self.integer(block.qkv, codes, scale), rows)
-        codes, scale = kernels.quantize(mixed, bits, -1, False)
+        q = self._append(block, cache, self.integer(block.qkv, codes, scale), rows)
+        if "attention_decode_quantize" in self._joined:
+            codes, scale = self._attend_quantize(cache, q, rows, bits)
+        else:
+            codes, scale = kernels.quantize(self._attend(cache, q, rows), bits, -1, False)
         delta = self.integer(block.o, codes, scale)
         codes, scale, stream = kernels.rms_norm_quantize(
             stream, block.post_norm, block.post_eps, bits, delta
         )
-        gate, up = self.integer(block.gate_up, codes, scale).split_with_sizes(self._halves, 1)
-        codes, scale = kernels.silu_mul_quantize(gate, up, bits)
+        if "repacked_matmul_silu_mul" in self._joined:
+            product = self.integer(block.gate_up, codes, scale, kernels.repacked_matmul_silu_mul)
+            codes, scale = kernels.quantize(product, bits, -1, False)
+        else:
+            product = self.integer(block.gate_up, codes, scale)
+            gate, up = product.split_with_sizes(self._halves, 1)
+            codes, scale = kernels.silu_mul_quantize(gate, up, bits)
         return stream, self.integer(block.down, codes, scale)
 
     def _float_block(
@@ -130,14 +148,14 @@ class Forward:
         if delta is not None:
             stream = stream + delta
         normed = kernels.rms_norm(stream, block.input_norm, block.input_eps)
-        mixed = self._attend(block, cache, self.linear(block.qkv, normed), rows)
-        stream = stream + self.linear(block.o, mixed)
+        q = self._append(block, cache, self.linear(block.qkv, normed), rows)
+        stream = stream + self.linear(block.o, self._attend(cache, q, rows))
         normed = kernels.rms_norm(stream, block.post_norm, block.post_eps)
         gate, up = self.linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
         return stream, self.linear(block.down, kernels.silu_mul(gate, up))
 
-    def _attend(self, block: Block, cache: KVCache, qkv: Tensor, rows: Rows) -> Tensor:
-        """Write K and V of the rows, then attend: qkv [n, (H + 2 Hkv) D] -> [n, H D]."""
+    def _append(self, block: Block, cache: KVCache, qkv: Tensor, rows: Rows) -> Tensor:
+        """Write K and V of the rows: qkv [n, (H + 2 Hkv) D] -> rotated queries [n, H, D]."""
         kernels, weights = self.kernels, self.weights
         cos, sin = weights.cos, weights.sin
         q, k, v = qkv.view(qkv.shape[0], -1, weights.head_dim).split_with_sizes(self._heads, 1)
@@ -160,21 +178,50 @@ class Forward:
             cache.bits,
             cache.pre_rope,
         )
-        mixed = kernels.attention_decode(
-            kernels.rope(q, cos, sin, rows.positions),
+        return kernels.rope(q, cos, sin, rows.positions)  # type: ignore[no-any-return]
+
+    def _attend(self, cache: KVCache, q: Tensor, rows: Rows) -> Tensor:
+        """Attention of rotated queries [n, H, D] -> [n, H D]."""
+        weights = self.weights
+        mixed = self.kernels.attention_decode(
+            q,
             cache.k_codes,
             cache.k_scale,
             cache.v_codes,
             cache.v_scale,
-            cos,
-            sin,
+            weights.cos,
+            weights.sin,
             rows.slots,
             rows.lengths,
             weights.scaling,
             cache.bits,
             cache.pre_rope,
         )
-        return mixed.view(qkv.shape[0], -1)  # type: ignore[no-any-return]
+        return mixed.view(q.shape[0], -1)  # type: ignore[no-any-return]
+
+    def _attend_quantize(
+        self, cache: KVCache, q: Tensor, rows: Rows, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`_attend`, then the codes of it and their scales."""
+        weights = self.weights
+        _, codes, scale = self.kernels.attention_decode_quantize(
+            q,
+            cache.k_codes,
+            cache.k_scale,
+            cache.v_codes,
+            cache.v_scale,
+            None,
+            weights.cos,
+            weights.sin,
+            rows.slots,
+            rows.lengths,
+            cache.k_codes.shape[2],  # no length is beyond it, and it needs no value
+            weights.scaling,
+            cache.bits,
+            cache.pre_rope,
+            bits,
+        )
+        return codes, scale
 
     def logits(self, stream: Tensor) -> Tensor:
         """The final norm and the head: [n, H] -> [n, V]."""
@@ -187,9 +234,17 @@ class Forward:
         normed = self.kernels.rms_norm(stream, weights.norm, weights.norm_eps)
         return weights.head_screen.greedy(normed, weights.head.weight)  # type: ignore[union-attr]
 
-    def integer(self, linear: FusedLinear, codes: Tensor, scale: Tensor) -> Tensor:
-        """The integer product of spec 7 on codes int8 [n, K] and scales [n]."""
-        return self.kernels.repacked_matmul(  # type: ignore[no-any-return]
+    def integer(
+        self,
+        linear: FusedLinear,
+        codes: Tensor,
+        scale: Tensor,
+        kernel: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """The integer product of spec 7 on codes int8 [n, K] and scales [n]; ``kernel`` None is
+        ``repacked_matmul``.
+        """
+        return (kernel or self.kernels.repacked_matmul)(  # type: ignore[no-any-return]
             codes,
             scale,
             linear.weight,

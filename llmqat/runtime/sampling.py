@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmqat.errors import ConfigError
+from llmqat.runtime.transfer import upload
 from llmqat_kernels.dispatch import current_backend, resolve
 
 NO_TOKEN = -1
@@ -58,7 +59,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, device: torch.device | str) -> None:
         self.sampling = sampling
         self.device = torch.device(device)
-        self._sample = resolve("sample", self.device.type, current_backend()).kernel
+        self.kernel = resolve("sample", self.device.type, current_backend()).kernel
 
     def __call__(
         self, logits: Tensor, records: Sequence[int], steps: Sequence[int], greedy: Sequence[bool]
@@ -68,19 +69,20 @@ class Sampler:
         ``records`` and ``steps`` [n] key the random numbers; rows with ``greedy`` take the largest
         logit.
         """
+        return self.draw(logits, records, steps, greedy).tolist()  # type: ignore[no-any-return]
+
+    def draw(
+        self, logits: Tensor, records: Sequence[int], steps: Sequence[int], greedy: Sequence[bool]
+    ) -> Tensor:
+        """As calling it, but int64 [n] on the device."""
         settings = self.sampling
-
-        def tensor(values: Sequence[int] | Sequence[bool], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.device)
-
         flags = [True] * len(greedy) if settings.greedy else greedy
-        tokens = self._sample(
+        return self.kernel(  # type: ignore[no-any-return]
             logits,
-            tensor(records, torch.int64),
-            tensor(steps, torch.int64),
-            tensor(flags, torch.bool),
+            upload(records, torch.int64, self.device),
+            upload(steps, torch.int64, self.device),
+            upload(flags, torch.bool, self.device),
             settings.seed,
             settings.temperature,
             settings.top_k,
         )
-        return tokens.tolist()  # type: ignore[no-any-return]

@@ -51,6 +51,15 @@ def test_quantized_folders(tmp_path, plain, stage, capsys):
     assert result["text"].split() == words
 
 
+def test_graphs_can_be_left_out(plain, capsys):
+    """On the CPU there are none, so the text is the same; asking Python for them is an error."""
+    texts = []
+    for options in ((), ("--no-graphs",)):
+        assert command(plain, "--max-new-tokens", "4", "--json", *options) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+
+
 def test_text_is_streamed_and_figures_go_to_stderr(plain, capsys):
     assert command(plain, "--max-new-tokens", "4", "--kv-bits", "4", "--kv-mode", "serving") == 0
     out, err = capsys.readouterr()
