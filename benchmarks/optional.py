@@ -60,36 +60,52 @@ def torchao_int8(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 def gemlite_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Callable[[], Tensor]:
     """gemlite's W8A8: per-token activations, per-channel weights on the row's own codes."""
-    from gemlite.helper import A8W8_int8_dynamic
-
-    make = A8W8_int8_dynamic(device=str(x.device), dtype=x.dtype)
-    return _without_gradient(make.from_weights(codes, scales=scale.unsqueeze(1)), x)
+    return _without_gradient(gemlite_layer(codes, scale, 8, x.dtype), x)
 
 
 def gemlite_int4(x: Tensor, codes: Tensor, scale: Tensor) -> Callable[[], Tensor]:
     """gemlite's W4A8 with int8 activations, on the row's own codes."""
-    from gemlite.helper import A8W4_HQQ_INT_dynamic
+    return _without_gradient(gemlite_layer(codes, scale, 4, x.dtype), x)
 
-    make = A8W4_HQQ_INT_dynamic(device=str(x.device), dtype=x.dtype, fp8=torch.int8)
-    column = scale.unsqueeze(1)
-    layer = make.from_weights((codes + 8).to(torch.uint8), column, torch.full_like(column, 8))
-    return _without_gradient(layer, x)
+
+def gemlite_layer(
+    codes: Tensor, scale: Tensor, w_bits: int, dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """gemlite's linear with dynamic int8 activations on codes int8 [N, K] and scales [N]."""
+    from gemlite.helper import A8W4_HQQ_INT_dynamic, A8W8_int8_dynamic
+
+    device, column = str(codes.device), scale.unsqueeze(1)
+    if w_bits == 8:
+        return A8W8_int8_dynamic(device=device, dtype=dtype).from_weights(  # type: ignore[no-any-return]
+            codes, scales=column
+        )
+    make = A8W4_HQQ_INT_dynamic(device=device, dtype=dtype, fp8=torch.int8)
+    return make.from_weights(  # type: ignore[no-any-return]
+        (codes + 8).to(torch.uint8), column, torch.full_like(column, 8)
+    )
 
 
 def humming(x: Tensor, weight: Tensor, w_bits: int) -> Callable[[], Tensor]:
     """humming's linear with int8 activations; it quantizes the weight on its own grid."""
+    return _without_gradient(humming_layer(weight, w_bits, "int8"), x)
+
+
+def humming_layer(weight: Tensor, w_bits: int, a_type: str) -> Callable[[Tensor], Tensor]:
+    """humming's linear, quantized from ``weight`` [N, K] on its own grid; ``a_type`` ``int8``,
+    ``int4`` or ``bfloat16``: what it makes of its input, inside.
+    """
     from humming.layer import HummingLayer
 
     layer = HummingLayer(
         shape_n=weight.shape[0],
         shape_k=weight.shape[1],
         weight_config={"dtype": f"int{w_bits}"},
-        input_config={"dtype": "int8"},
-        torch_dtype=x.dtype,
-    ).to(x.device)
+        input_config={"dtype": a_type},
+        torch_dtype=weight.dtype,
+    ).to(weight.device)
     layer.load_from_unquantized(weight)
     layer.transform()
-    return _without_gradient(layer, x)
+    return layer  # type: ignore[no-any-return]
 
 
 def _without_gradient(function: Callable[..., Any], x: Tensor) -> Callable[[], Tensor]:

@@ -2,11 +2,12 @@
 
     python -m benchmarks.report [--check]
 
-README's tables come from benchmarks/results/*.json and, for the GPU, from cuda.csv too
-(benchmarks/gpu_figures.py), between the markers `<!-- figures -->` and `<!-- /figures -->`; the
-report of `make demo` is copied there first. The tables of docs/benchmarks.md come from the newest
-rows of benchmarks/results/<device>.csv. A figure without a file says so, and a missed bar is
-marked. `--check` writes nothing and exits with 1 if a page is stale.
+README's tables come from benchmarks/results/*.json and, for the GPU, from *cuda.csv too
+(benchmarks/gpu_figures.py, benchmarks/cuda_figures.py), between the markers `<!-- figures -->` and
+`<!-- /figures -->`; the report of `make demo` is copied there first. The tables of
+docs/benchmarks.md come from the newest rows of benchmarks/results/<device>.csv and from the sweeps
+on a GPU (benchmarks/cuda_pages.py). A figure without a file says so, and a missed bar is marked.
+`--check` writes nothing and exits with 1 if a page is stale.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_figures
+from benchmarks import cuda_figures, cuda_pages, gpu_figures
 from benchmarks.registry import cases
 from benchmarks.run import OURS, table_head, table_line
 from benchmarks.timing import RESULTS, save
@@ -198,7 +199,8 @@ def figures(results: Path) -> str:
         lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{command}` |")
     places = (f"{machine}, commits {', '.join(c)}" for machine, c in machines.items())
     where = f"\n\nMeasured on {'; '.join(places)}." if machines else ""
-    return "\n".join(lines) + where + "\n\n" + gpu_figures.table(results, read_result)
+    gpu = (module.table(results, read_result) for module in (gpu_figures, cuda_figures))
+    return "\n\n".join(["\n".join(lines) + where, *gpu])
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -246,7 +248,9 @@ def kernel_tables(results: Path) -> str:
         for case in cases(device_type=device)
     ]
     parts: list[str] = []
-    for path in sorted(results.glob("*.csv")):
+    for path in (results / f"{device}.csv" for device in ("cpu", "cuda")):
+        if not path.exists():
+            continue
         with path.open(newline="") as file:
             sections = newest(csv.DictReader(file))
         for machine, section in sections.items():
@@ -272,6 +276,7 @@ def kernel_tables(results: Path) -> str:
         parts.append(f"Rows: {MISSING} (`make bench`).")
     if not (results / "cuda.csv").exists():
         parts.append(f"GPU rows: {gpu_figures.MISSING} (`{gpu_figures.RUN}`).")
+    parts.append(cuda_pages.sections(results, read_result))
     return "\n\n".join(parts)
 
 

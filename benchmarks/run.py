@@ -214,7 +214,7 @@ def _micro(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
+def append(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
     """Add rows to a results file, which is replaced as a whole; columns that it lacks stay empty in
     its older rows.
 
@@ -222,12 +222,12 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         InvalidArgument: the file has columns that are none of ours.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     if path.exists():
         with path.open(newline="") as file:
             before = csv.DictReader(file)
-            if not set(before.fieldnames or ()) <= set(COLUMNS):
+            if not set(before.fieldnames or ()) <= set(columns):
                 raise InvalidArgument(
                     f"results: {path} has other columns; move it away and run again"
                 )
@@ -241,8 +241,8 @@ def where(clock: str, device: torch.device) -> Row:
     """The columns that say where and when a row was measured."""
     found = environment(device)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    columns = {key: value for key, value in found.items() if key in COLUMNS and value is not None}
-    return {"time": now, "clock": clock, **columns}
+    known = {key: value for key, value in found.items() if key in COLUMNS and value is not None}
+    return {"time": now, "clock": clock, **known}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,14 @@ def test_a_turn_calls_every_copy_in_order():
     assert calls == [1, 2]
 
 
+def test_a_graph_holds_many_short_calls_and_few_long_ones():
+    assert cuda.turns_in_graph(20e-6, 5) == 12  # 60 calls
+    assert cuda.turns_in_graph(300e-6, 5) == 2
+    assert cuda.turns_in_graph(5e-3, 1) == 1
+    assert cuda.turns_in_graph(1e-6, 64) == 1
+    assert cuda.turns_in_graph(1e-6, 1) == 64
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_events_and_memory():

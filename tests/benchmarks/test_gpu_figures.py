@@ -127,4 +127,4 @@ def test_a_broken_file_is_named(measured):
 def test_gpu_rows_have_a_section_of_their_own(measured):
     text = report.kernel_tables(measured)
     assert "### Some GPU, CUDA 13.0, driver 1.2, triton 3.6.0" in text
-    assert "own W8A8 1.02x" in text and "not yet measured on a GPU" not in text
+    assert "own W8A8 1.02x" in text and "GPU rows: not yet measured" not in text

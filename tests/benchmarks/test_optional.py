@@ -25,6 +25,8 @@ def test_versions_of_every_package():
         ("gemlite", lambda: optional.gemlite_int8(X, X, X)),
         ("gemlite", lambda: optional.gemlite_int4(X, X, X)),
         ("humming", lambda: optional.humming(X, X, 8)),
+        ("humming", lambda: optional.humming_layer(X, 4, "bfloat16")),
+        ("gemlite", lambda: optional.gemlite_layer(X, X[:, 0], 4, X.dtype)),
         ("liger_kernel", lambda: optional.liger_distillation(X, X, X, X)),
     ],
 )
