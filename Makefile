@@ -41,8 +41,9 @@ test-gpu: venv  ## every Triton test and the others that need a CUDA device, com
 	TRITON_INTERPRET=0 timeout 600 $(BIN)/python -m pytest -n 4 --dist loadfile -m "(gpu or triton) and not slow" \
 		--ignore tests/triton/test_compiled.py tests
 
+# Three processes keep two cores busy: the longest file takes half of the time.
 test-slow: venv  ## real installations and other tests of more than 20 seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu" tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "slow and not gpu" tests
 
 test-newest: venv  ## the tests that touch transformers and triton, on their newest releases
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6" "triton>=$(TRITON)"
