@@ -131,6 +131,18 @@ def repack_weight(w: Tensor, w_bits: int) -> Tensor:
     return ops.repack_weight(w, w_bits)
 
 
+def _check_repacked(
+    a: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, n: int, group_size: int
+) -> None:
+    """Everything but the weight, whose layout is the backend's."""
+    check_tensor("a", a, (torch.int8,))
+    check_tensor("a_scale", a_scale, (torch.float32,), 0)
+    check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
+    check_group_size(a.shape[-1], group_size)
+    check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
+    check_bias(bias, n)
+
+
 def repacked_matmul(
     a: Tensor,
     a_scale: Tensor,
@@ -146,12 +158,7 @@ def repacked_matmul(
     """Codes a int8 [..., K] with scales fp32 [...] times a weight from :func:`repack_weight` ->
     [..., n] (spec 7).
     """
-    check_tensor("a", a, (torch.int8,))
-    check_tensor("a_scale", a_scale, (torch.float32,), 0)
-    check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
-    check_group_size(a.shape[-1], group_size)
-    check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
-    check_bias(bias, n)
+    _check_repacked(a, a_scale, w_scale, bias, n, group_size)
     return ops.repacked_matmul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
 
 
@@ -173,12 +180,7 @@ def repacked_matmul_silu_mul(
     Raises:
         InvalidArgument: n is odd.
     """
-    check_tensor("a", a, (torch.int8,))
-    check_tensor("a_scale", a_scale, (torch.float32,), 0)
-    check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
-    check_group_size(a.shape[-1], group_size)
-    check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
-    check_bias(bias, n)
+    _check_repacked(a, a_scale, w_scale, bias, n, group_size)
     if n % 2:
         raise InvalidArgument(f"n: gates and ups are as many, so n is even, got {n}")
     return ops.repacked_matmul_silu_mul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
