@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .convert import conversion_report, convert, prepare
     from .runtime.engine import Engine
     from .runtime.quantized_cache import QuantizedCache
+    from .runtime.transformers_engine import TransformersEngine
     from .train.trainer import QATTrainer
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOMES = {
     "from_pretrained": "checkpoint",
     "Engine": "runtime.engine",
     "QuantizedCache": "runtime.quantized_cache",
+    "TransformersEngine": "runtime.transformers_engine",
     "QATTrainer": "train.trainer",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "QATConfig",
     "QATTrainer",
     "QuantizedCache",
+    "TransformersEngine",
     "conversion_report",
     "convert",
     "from_pretrained",

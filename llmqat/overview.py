@@ -11,6 +11,7 @@ from llmqat.models.families import ALWAYS, FAMILIES, Family
 from llmqat.models.shapes import SHAPES
 from llmqat.nn.fused import FUSABLE
 from llmqat.ptq.channels import FOLDS, input_groups
+from llmqat.runtime.support import has_engine
 
 WINDOWED = ("mistral", "qwen2", "qwen3")
 """Families whose configuration may have a sliding window."""
@@ -39,8 +40,8 @@ def _biases(family: Family) -> str:
 
 
 def _engine(family: Family) -> str:
-    if family.positions is not None:
-        return "no"
+    if not has_engine(family):
+        return "transformers' forward instead"
     limits = []
     if family.name in WINDOWED:
         limits.append("up to its window")

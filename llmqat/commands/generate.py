@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from llmqat.errors import ConfigError
-from llmqat.runtime.engine import Engine
 from llmqat.runtime.loading import (
     load_model,
     load_tokenizer,
@@ -23,6 +22,8 @@ from llmqat.runtime.loading import (
     stop_ids,
 )
 from llmqat.runtime.sampling import Sampling
+from llmqat.runtime.token_engine import TokenEngine
+from llmqat.runtime.transformers_engine import open_engine
 
 MIB = 2**20
 
@@ -107,7 +108,7 @@ def run(arguments: GenerateArguments) -> None:
             f"prompt: its {len(prompt)} tokens fill the model's {positions} positions; shorten it"
         )
     max_len = min(len(prompt) + a.max_new_tokens, positions)
-    engine = Engine(
+    engine = open_engine(
         model,
         max_slots=1,
         max_len=max_len,
@@ -144,7 +145,7 @@ def _streamer(tokenizer: Any, prompt: list[int]) -> Any:
 
 
 def _figures(
-    engine: Engine, times: list[float], begin: float, prompt_tokens: int
+    engine: TokenEngine, times: list[float], begin: float, prompt_tokens: int
 ) -> dict[str, Any]:
     """Speed and memory. The decode speed leaves out the prefill, which ends with the first
     token.

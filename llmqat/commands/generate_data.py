@@ -16,7 +16,6 @@ from llmqat.data.generate import Recipe, fill, run_config, usable_first_tokens
 from llmqat.data.store import RecordWriter, parse_shard
 from llmqat.data.teacher import teacher_digest
 from llmqat.errors import ConfigError
-from llmqat.runtime.engine import Engine
 from llmqat.runtime.loading import (
     has_tokenizer,
     load_model,
@@ -26,6 +25,8 @@ from llmqat.runtime.loading import (
     set_threads,
     stop_ids,
 )
+from llmqat.runtime.token_engine import TokenEngine
+from llmqat.runtime.transformers_engine import open_engine
 
 MIB = 2**20
 
@@ -114,7 +115,7 @@ def run(arguments: GenerateDataArguments) -> None:
     tokenizer = load_tokenizer(a.model) if has_tokenizer(a.model) else None
     if tokenizer is None:
         _say(f"{a.model} has no tokenizer: only the stop tokens are kept from starting a record")
-    engine = Engine(
+    engine = open_engine(
         model,
         max_slots=max(1, min(a.slots, records)),
         max_len=a.max_len,
@@ -123,6 +124,8 @@ def run(arguments: GenerateDataArguments) -> None:
         graphs=None if a.graphs else False,
     )
     del model  # the engine holds the weights in its own layout
+    if "transformers" in engine.backends().values():
+        _say("the engine has no code for this family: transformers' forward writes, slower")
     if engine.kv_bits < 16:
         _say(f"--kv-bits {engine.kv_bits}: approximate, not what the full-precision teacher writes")
     weights = sum(engine.weight_bytes.values())
@@ -186,7 +189,7 @@ def _records(a: GenerateDataArguments) -> int:
     return count if a.num_tokens is None else -(-count // a.max_len)
 
 
-def _backend(engine: Engine) -> str:
+def _backend(engine: TokenEngine) -> str:
     return "+".join(sorted(set(engine.backends().values())))
 
 

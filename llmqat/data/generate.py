@@ -30,9 +30,9 @@ from tqdm import tqdm
 from llmqat.data.records import Record
 from llmqat.data.store import RecordWriter
 from llmqat.errors import ConfigError, DataError
-from llmqat.runtime.engine import Engine
 from llmqat.runtime.sampling import Sampler, Sampling
-from llmqat.runtime.scheduler import Completion, Request, run_requests
+from llmqat.runtime.scheduler import Completion, Request
+from llmqat.runtime.token_engine import TokenEngine
 
 STRATEGIES = ("hybrid", "greedy", "sampled")
 FIRST_TOKENS = ("random", "enumerate")
@@ -113,7 +113,7 @@ def usable_first_tokens(
 
 
 def run_config(
-    recipe: Recipe, engine: Engine, first_tokens: Sequence[int], stop_ids: Iterable[int]
+    recipe: Recipe, engine: TokenEngine, first_tokens: Sequence[int], stop_ids: Iterable[int]
 ) -> dict[str, Any]:
     """What decides the records besides the teacher's weights: the manifest's configuration."""
     digest = hashlib.sha256(",".join(map(str, first_tokens)).encode()).hexdigest()
@@ -185,7 +185,7 @@ def as_record(done: Completion, strategy: str) -> Record:
 
 
 def generate_records(
-    engine: Engine,
+    engine: TokenEngine,
     recipe: Recipe,
     ids: Iterable[int],
     first_tokens: Sequence[int],
@@ -201,9 +201,7 @@ def generate_records(
     if recipe.max_len > engine.max_len:
         raise ConfigError(f"max_len: {recipe.max_len} exceeds the engine's {engine.max_len}")
     requests = Planner(recipe, first_tokens, engine.device).requests(ids)
-    for ended in run_requests(
-        engine, requests, recipe.sampling, stop_ids=stop_ids, on_step=on_step
-    ):
+    for ended in engine.run(requests, recipe.sampling, stop_ids=stop_ids, on_step=on_step):
         yield [as_record(done, recipe.strategy) for done in ended]
 
 
@@ -231,7 +229,7 @@ class Summary:
 
 def fill(
     writer: RecordWriter,
-    engine: Engine,
+    engine: TokenEngine,
     recipe: Recipe,
     first_tokens: Sequence[int],
     *,

@@ -7,7 +7,7 @@ batching, order and slot never change a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, run_requests
 from llmqat.runtime.screen import SCREEN_ROWS
 from llmqat.runtime.support import check_cache, default_max_len
+from llmqat.runtime.token_engine import TokenEngine
 from llmqat.runtime.transfer import upload
 from llmqat.runtime.weights import can_screen, extract
 from llmqat_kernels import KVCache, current_backend
@@ -33,7 +34,7 @@ the weights.
 """
 
 
-class Engine:
+class Engine(TokenEngine):
     """Runs a LLaMA-family model of transformers: plain, prepared or converted
     (``llmqat.from_pretrained``).
 
@@ -302,40 +303,18 @@ class Engine:
             self._lengths[slot] += len(new)
         return hidden
 
-    def generate(
+    def run(
         self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling | None = None,
+        requests: Iterable[Request],
+        sampling: Sampling,
         *,
         stop_ids: Iterable[int] = (),
         on_token: Callable[[int, int], None] | None = None,
-    ) -> list[Completion]:
-        """Continue every prompt; more prompts than slots wait for a free one.
-
-        Args:
-            prompts: token ids; prompt i is record i, which with the seed decides its random
-                numbers.
-            max_new_tokens: tokens to add at most; ``max_len`` bounds prompt and continuation
-                together.
-            sampling: None takes the most likely token each time.
-            stop_ids: tokens that end a sequence (they are kept).
-            on_token: called with (prompt index, token) as tokens are chosen.
-
-        Returns:
-            One completion per prompt, in their order.
-        """
-        if max_new_tokens < 1:
-            raise InvalidArgument(f"max_new_tokens: {max_new_tokens} must be at least 1")
-        requests = [
-            Request(index, tuple(prompt), min(len(prompt) + max_new_tokens, self.max_len))
-            for index, prompt in enumerate(prompts)
-        ]
-        settings = Sampling(greedy=True) if sampling is None else sampling
-        steps = run_requests(self, requests, settings, stop_ids=stop_ids, on_token=on_token)
-        return sorted(
-            (done for step in steps for done in step),
-            key=lambda completion: completion.request.record,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Iterator[list[Completion]]:
+        """:func:`run_requests` through this engine's slots."""
+        return run_requests(
+            self, requests, sampling, stop_ids=stop_ids, on_token=on_token, on_step=on_step
         )
 
     def _check_slots(self, slots: Sequence[int]) -> None:

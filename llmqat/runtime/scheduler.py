@@ -63,7 +63,7 @@ class Completion:
         return self.tokens[len(self.request.prompt) :]
 
 
-class _Active:
+class Active:
     """A sequence in a slot.
 
     ``planned`` counts its tokens and those under way; ``source`` is where its fresh token lies on
@@ -78,6 +78,11 @@ class _Active:
         self.planned = len(self.tokens)
         self.source = -1
         self.reason: str | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether its next token is the most likely one."""
+        return self.planned < len(self.request.prompt) + self.request.n_greedy
 
     def choose(self, token: int, stop_ids: frozenset[int]) -> str | None:
         """Add the chosen token; why the sequence ends, or None."""
@@ -104,7 +109,7 @@ class _Active:
 class _Launch(NamedTuple):
     """Tokens under way: of which sequences, and what waits for them."""
 
-    rows: list[_Active]
+    rows: list[Active]
     read: Callable[[], list[int]]
 
 
@@ -154,8 +159,8 @@ class _Run:
     def __init__(
         self, engine: Engine, requests: Iterable[Request], sampler: Sampler, stops: frozenset[int]
     ) -> None:
-        self.rows: list[_Active] = []  # never changed in place: a new list is loaded again
-        self.new: list[_Active] = []
+        self.rows: list[Active] = []  # never changed in place: a new list is loaded again
+        self.new: list[Active] = []
         self._engine, self._sampler, self._stops = engine, sampler, stops
         self._waiting = iter(requests)
         self._free = list(range(engine.max_slots - 1, -1, -1))
@@ -167,16 +172,16 @@ class _Run:
         """Give free slots to waiting requests; those that need no token end at once."""
         ended: list[Completion] = []
         while self._free and (request := next(self._waiting, None)) is not None:
-            _check(request, self._engine)
+            check_request(request, self._engine.max_len, self._engine.vocab_size)
             if len(request.prompt) == request.max_len:
                 ended.append(Completion(request, list(request.prompt), "length"))
                 continue
             slot = self._free.pop()
             self._engine.reset((slot,))
             if len(request.prompt) == 1:
-                self.rows = [*self.rows, _Active(request, slot)]
+                self.rows = [*self.rows, Active(request, slot)]
             else:
-                self.new.append(_Active(request, slot))
+                self.new.append(Active(request, slot))
         return ended
 
     def launch(self) -> list[_Launch]:
@@ -190,7 +195,7 @@ class _Run:
             self.new = []
         return launches
 
-    def _under_way(self, rows: list[_Active], chosen: Tensor) -> _Launch:
+    def _under_way(self, rows: list[Active], chosen: Tensor) -> _Launch:
         """Count the tokens ``chosen``; a sequence that is full with them leaves its slot."""
         full = False
         for row in rows:
@@ -208,7 +213,7 @@ class _Run:
         engine, rows = self._engine, self.new
         requests = [row.request for row in rows]
         hidden = engine.append([row.slot for row in rows], [r.prompt for r in requests])
-        greedy = [self._sampler.sampling.greedy or r.n_greedy > 0 for r in requests]
+        greedy = [self._sampler.sampling.greedy or row.greedy for row in rows]
         if engine.screens and all(greedy):
             chosen = engine.forward.greedy(hidden)
         else:
@@ -252,7 +257,7 @@ class _Run:
                 ended.append(Completion(row.request, row.tokens, row.reason))
         return ended
 
-    def _leave(self, row: _Active) -> None:
+    def _leave(self, row: Active) -> None:
         """Free the slot of a sequence that has ended, unless it was known to be full."""
         if row.planned >= row.limit:
             return
@@ -262,8 +267,9 @@ class _Run:
         self._engine.assume_length(row.slot, seen)
 
 
-def _check(request: Request, engine: Engine) -> None:
-    prompt, max_len = request.prompt, engine.max_len
+def check_request(request: Request, max_len: int, vocab_size: int) -> None:
+    """InvalidArgument: an empty prompt, a token that is none, or a length that does not fit."""
+    prompt = request.prompt
     if not prompt:
         raise InvalidArgument(f"prompts: prompt {request.record} is empty; give at least one token")
     if not len(prompt) <= request.max_len <= max_len:
@@ -271,8 +277,8 @@ def _check(request: Request, engine: Engine) -> None:
             f"prompts: prompt {request.record} has {len(prompt)} tokens, its limit is"
             f" {request.max_len} and the engine's max_len {max_len}"
         )
-    if min(prompt) < 0 or max(prompt) >= engine.vocab_size:
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
         raise InvalidArgument(
-            f"prompts: ids must lie in 0..{engine.vocab_size - 1}, prompt {request.record} has"
+            f"prompts: ids must lie in 0..{vocab_size - 1}, prompt {request.record} has"
             f" {min(prompt)}..{max(prompt)}"
         )

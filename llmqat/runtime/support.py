@@ -27,6 +27,11 @@ def default_max_len(model: nn.Module) -> int:
     return min(DEFAULT_MAX_LEN, longest, attention_window(model) or longest)
 
 
+def has_engine(family: Family) -> bool:
+    """Whether the engine has code for the family's blocks."""
+    return family.positions is None
+
+
 def check_runnable(model: nn.Module, family: Family, max_len: int) -> None:
     """Refuse what the engine has no code for, before any weight is copied.
 
@@ -34,10 +39,10 @@ def check_runnable(model: nn.Module, family: Family, max_len: int) -> None:
         ConfigError: a family or an activation. InvalidArgument: `max_len` beyond the model's
             positions or its sliding window (shorter sequences never leave the window).
     """
-    if family.positions is not None:
+    if not has_engine(family):
         raise ConfigError(
             f"model: the engine does not run {family.architecture} (learned positions, LayerNorm);"
-            " generate with transformers, whose text in a .txt or .jsonl file llmqat train takes"
+            " use llmqat.TransformersEngine"
         )
     config = model.config
     if not 1 <= max_len <= config.max_position_embeddings:
