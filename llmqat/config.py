@@ -26,6 +26,8 @@ NUMERICS = ("spec", "official")
 A_GROUP_AXES = ("channel_over_tokens", "channel_per_token")
 OFFICIAL_STE_CLIP = 2.0
 """The gradient mask of the released code, which `numerics="official"` imitates (spec 6)."""
+OFFICIAL_STATSQ_BITS = 2
+"""Weights of so many bits are StatsQ in the released code, all others min-max (spec 23)."""
 
 PACKED_KV_BITS = (4, 8, *OFF_BITS)
 """KV widths that a cache can store; the other widths exist as fake quantization only."""
@@ -111,7 +113,8 @@ class QATConfig:
             spec 21).
         a_quantizer: ``symmetric``, ``asymmetric`` or ``lsq`` (clipped, learned scale; spec 22).
         kv_quantizer: ``symmetric`` or ``asymmetric``.
-        numerics: ``spec``, or ``official``: imitates the arithmetic of the released code (spec 23).
+        numerics: ``spec``, or ``official``: imitates the arithmetic of the released code, which
+            takes StatsQ for weights of 2 bits (spec 23).
         a_group_size: input channels that share a scale (W4A4 of table 8); -1 for whole tokens.
         a_group_axis: ``channel_over_tokens`` (one scale per group over all tokens of the tensor,
             spec 24) or ``channel_per_token`` (per token and group).
@@ -219,8 +222,11 @@ class QATConfig:
     @property
     def weight(self) -> QuantSpec:
         """The weights of the linears."""
+        quantizer = self.w_quantizer
+        if self.numerics == "official" and self.w_bits == OFFICIAL_STATSQ_BITS:
+            quantizer = "statsq"
         return QuantSpec(
-            self.w_bits, self.group_size, self.weight_scale_dtype, self.w_quantizer, self.numerics
+            self.w_bits, self.group_size, self.weight_scale_dtype, quantizer, self.numerics
         )
 
     @property
@@ -313,6 +319,11 @@ def _check_group_size(name: str, value: object, smallest: int = 2) -> None:
 def _check_combination(config: QATConfig) -> None:
     """ConfigError for choices that contradict each other or would do nothing."""
     official = config.numerics == "official"
+    if official and config.w_bits == OFFICIAL_STATSQ_BITS and config.w_quantizer != "symmetric":
+        raise ConfigError(
+            f"w_quantizer: numerics 'official' takes StatsQ for weights of {OFFICIAL_STATSQ_BITS}"
+            f" bits, not {config.w_quantizer}; leave it out, or use numerics 'spec'"
+        )
     for kind in ("w", "a", "kv"):
         name, bits = f"{kind}_quantizer", getattr(config, f"{kind}_bits")
         quantizer = getattr(config, name)

@@ -10,7 +10,7 @@ from llmqat.eval.cost import ModelShape
 from llmqat.models.families import ALWAYS, FAMILIES, Family
 from llmqat.models.shapes import SHAPES
 from llmqat.nn.fused import FUSABLE
-from llmqat.ptq.channels import FOLDS, input_groups
+from llmqat.ptq.channels import FOLDS, widest_folds
 from llmqat.runtime.support import has_engine
 
 WINDOWED = ("mistral", "qwen2", "qwen3")
@@ -51,10 +51,10 @@ def _engine(family: Family) -> str:
 
 
 def _methods(family: Family) -> str:
-    kinds = {group.kind for group in input_groups(family)}
-    folds = [name for name, needed in FOLDS.items() if set(needed) <= kinds]
-    limit = "" if len(folds) == len(FOLDS) else f" (smoothquant, awq: --folds {folds[-1]})"
-    return "all" + limit
+    widest = widest_folds(family)
+    if widest == list(FOLDS)[-1]:
+        return "all"
+    return f"all (smoothquant, awq: --folds {widest} at most)"
 
 
 def families() -> list[dict[str, str]]:

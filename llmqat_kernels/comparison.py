@@ -40,10 +40,10 @@ def fake_quantize_lsq(x: Tensor, scale: Tensor, bits: int, ste_clip: float | Non
 
 @torch.library.custom_op("llmqat::fake_quantize_official", mutates_args=())
 def fake_quantize_official(
-    x: Tensor, bits: int, asymmetric: bool, ste_clip: float | None
+    x: Tensor, bits: int, asymmetric: bool, ste_clip: float | None, statsq: bool = False
 ) -> Tensor:
     """See spec 23."""
-    return official.fake_quantize_official(x, bits, asymmetric)
+    return official.fake_quantize_official(x, bits, asymmetric, statsq)
 
 
 def _like_first(x: Tensor, *args: Any) -> Tensor:
@@ -81,7 +81,9 @@ def _lsq_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _official_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
-    return _masked(ctx, grad, x), None, None, None
+    if ctx.arguments[3]:  # statsq
+        grad = official.official_statsq_backward(grad, x)
+    return _masked(ctx, grad, x), None, None, None, None
 
 
 for _op, _backward in (

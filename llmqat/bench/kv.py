@@ -154,7 +154,7 @@ def measure(
     Raises:
         ConfigError: a model that the engine does not run.
     """
-    shape, limit = ModelShape.from_config(model.config), _longest(model)
+    shape, (limit, what) = ModelShape.from_config(model.config), _longest(model)
     possible = [length for length in lengths if length <= limit]
     engine = Engine(
         model,
@@ -171,7 +171,7 @@ def measure(
             computed = _computed(shape, bits, kv_mode) * length * batch
             free = free_memory(engine.device)
             if length > limit:
-                note = f"computed only: the model has {limit} positions"
+                note = f"computed only: {what}"
             elif computed > MEMORY_SHARE * free:
                 note = f"computed only: {computed / GIB:.1f} GiB of {free / GIB:.1f} GiB free"
             else:
@@ -181,10 +181,13 @@ def measure(
     return rows, {"weight_bytes": engine.weight_bytes, "backends": engine.backends()}
 
 
-def _longest(model: nn.Module) -> int:
+def _longest(model: nn.Module) -> tuple[int, str]:
+    """Tokens of the longest sequence that the engine runs, and what sets the limit."""
     window = attention_window(model)
     positions = int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-    return positions if window is None else min(positions, window)
+    if window is None or positions <= window:
+        return positions, f"the model has {positions} positions"
+    return window, f"the engine has no windows, and the model's sliding window is {window} tokens"
 
 
 def _measured(

@@ -62,6 +62,11 @@ class Architecture:
     fields: dict[str, Any]
 
     @property
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.positions or int(self.fields["max_position_embeddings"])
+
+    @property
     def embedding(self) -> str:
         """Name of the embedding's tensor."""
         return f"{self.family.embedding}.weight"

@@ -111,6 +111,12 @@ def from_pretrained(
     return model
 
 
+def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
+    """Check config.json of a folder, and nothing else."""
+    folder = _folder(directory)
+    return parse_architecture(read_json(folder, CONFIG), str(folder / CONFIG))
+
+
 def inspect(directory: str | os.PathLike[str]) -> Checkpoint:
     """Check a folder without allocating or reading any tensor (file hashes are verified)."""
     folder = _folder(directory)

@@ -3,7 +3,8 @@
 Such a checkpoint is a plain LLaMA in bfloat16: the weights behind the codes, as its training left
 them. The codes come from its own arithmetic (spec 23: everything in bfloat16, an inverted scale,
 two small constants), which at 8 bits gives 128 in about one row of six. No int8 grid of [-127, 127]
-holds that: it becomes 127, and is counted.
+holds that: it becomes 127, and is counted. Its weights of 2 bits lie on another grid (StatsQ, which
+has no zero) and are refused.
 
 The scale of a row is the reciprocal, in fp32, of what that code divides its codes by. So codes
 times scale are its weights before their last rounding to bfloat16. Activations, keys and values are
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from llmqat.config import QATConfig
+from llmqat.config import OFFICIAL_STATSQ_BITS, QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
@@ -27,6 +28,15 @@ from llmqat_kernels.spec.official import SYMMETRIC_EPSILON, official_codes
 from llmqat_kernels.spec.quantize import qmax
 
 __all__ = ["ReleasedReport", "import_released", "released_codes"]
+
+
+def _check_grid(bits: int) -> None:
+    if bits == OFFICIAL_STATSQ_BITS:
+        raise ConfigError(
+            f"w_bits: the released code quantizes weights of {bits} bits by StatsQ, to the values"
+            " -3, -1, 1, 3 of a quarter of their range, and packed codes are -1, 0, 1; evaluate it"
+            f" unpacked: llmqat eval --numerics official --bits {bits}-..."
+        )
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,16 @@ def released_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         weight: float [N, K]. Its arithmetic is bfloat16 where that holds every weight (the released
             code trains in nothing else), otherwise that of its own type.
-        bits: 2..8.
+        bits: 3..8.
 
     Returns:
         int8 [N, K] in [-qmax, qmax]; fp32 [N]; and int64 [N], the codes of each row that were
         beyond the grid.
+
+    Raises:
+        ConfigError: 2 bits, whose values the packed grid does not have.
     """
+    _check_grid(bits)
     half = weight.detach().to(torch.bfloat16)
     own = half if torch.equal(half.to(weight.dtype), weight) else weight.detach()
     codes, inverted = official_codes(own, bits)
@@ -78,7 +92,8 @@ def import_released(model: nn.Module, config: QATConfig) -> ReleasedReport:
             quantizes K and V). Scales are kept in fp32 whatever it says.
 
     Raises:
-        ConfigError: not a plain LLaMA, settings that code has not, or non-finite weights.
+        ConfigError: not a plain LLaMA, settings that code has not, weights of 2 bits, or non-finite
+            weights.
     """
     family = find_family(model)
     if family.name != "llama":
@@ -91,6 +106,7 @@ def import_released(model: nn.Module, config: QATConfig) -> ReleasedReport:
         )
     config = replace(config, weight_scale_dtype="float32")
     config.check_packable()
+    _check_grid(config.w_bits)
     for name, _, module in iter_linears(model, family):
         if not bool(torch.isfinite(module.weight).all()):
             raise ConfigError(f"{name}: weight has NaN or infinite values; it cannot be packed")

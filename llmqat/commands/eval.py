@@ -26,7 +26,7 @@ def run(arguments: EvalArguments, quantization: QuantArguments) -> None:
     for text in result.get("texts", [result] if "text" in result else []):
         print(_text_line(result, text))
     if "tasks" in result:
-        print(f"setting {result['setting']} ({result['stage']})")
+        print(f"setting {result['setting']} ({_stage(result)})")
         print("\n".join(_table(result["tasks"])))
         if result["average_of"]:
             print(
@@ -35,11 +35,16 @@ def run(arguments: EvalArguments, quantization: QuantArguments) -> None:
             )
 
 
+def _stage(result: dict[str, Any]) -> str:
+    rank = result.get("rank")
+    return str(result["stage"]) + ("" if rank is None else f" with rank {rank}")
+
+
 def _text_line(result: dict[str, Any], text: dict[str, Any]) -> str:
     word = text["protocol"] == "word"
     return (
         f"{'word ' if word else ''}perplexity {math.exp(min(text['nll'], 700)):.4f}  setting"
-        f" {result['setting']}  ({result['stage']}, {text['tokens']} tokens"
+        f" {result['setting']}  ({_stage(result)}, {text['tokens']} tokens"
         + (f", {text['words']} words, {text['documents']} documents" if word else "")
         + f" in windows of {text['seq_len']}, {text['seconds']:.1f} s)"
     )

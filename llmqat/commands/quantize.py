@@ -73,6 +73,11 @@ class QuantizeArguments(MethodOptions):
 
     def __post_init__(self) -> None:
         self.check_options(self.method)
+        if self.rank is not None:
+            raise ConfigError(
+                "--rank: low-rank factors have no packed form; measure them with llmqat eval"
+                f" --method {self.method} --rank {self.rank}"
+            )
         if self.resume and not METHODS[self.method].journaled:
             raise ConfigError(f"--resume: --method {self.method} has nothing to go on from")
 
@@ -102,11 +107,12 @@ def quantize(arguments: QuantizeArguments, config: QATConfig | None) -> dict[str
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {a.output} is a file; name a folder")
     dtype = None if a.dtype is None else parse_dtype(a.dtype)
+    compute_dtype = parse_dtype(a.compute_dtype, "--compute-dtype")
     device = parse_device(a.device)
     set_threads(a.threads)
     checkpoint = inspect(a.model)
     stored = TORCH_DTYPES[checkpoint.tensors[checkpoint.arch.embedding].dtype]
-    model = load_model(a.model, dtype=parse_dtype(a.compute_dtype), device=device)
+    model = load_model(a.model, dtype=compute_dtype, device=device)
     state = state_of(model)
     if state is not None:
         raise ConfigError(

@@ -33,8 +33,8 @@ class EvalArguments(MethodOptions):
     text: list[str] | None = field(
         default=None,
         metadata={
-            "help": "UTF-8 text file, or several. For --protocol word a line of a .jsonl or a row"
-            " of a .parquet file is a document, any other file is one."
+            "help": "UTF-8 text file, or several. A line of a .jsonl or a row of a .parquet file is"
+            " a document, any other file is one; windows joins documents by an empty line."
         },
     )
     protocol: str = _option(

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmqat.checkpoint.format import TORCH_DTYPES
 from llmqat.checkpoint.load import inspect
 from llmqat.config import QATConfig
 from llmqat.convert import prepare
 from llmqat.errors import ConfigError
+from llmqat.nn.linear import INPUT_SCALE, QATLinear, clear_weight_cache
+from llmqat.ptq.lorc import check_rank, compensate, float_weights
 from llmqat.ptq.methods import METHODS, MethodOptions
 from llmqat.runtime.loading import StrPath, load_model
 from llmqat.state import state_of
@@ -53,7 +56,8 @@ def load_for_evaluation(
         config: fake-quantizes a full-precision model (round to nearest); a prepared or packed one
             must have the same settings, or None to take it as it is.
         method: of `METHODS`, applied to a full-precision model: the numbers are those of the
-            checkpoint that `llmqat quantize` writes with the same options.
+            checkpoint that `llmqat quantize` writes with the same options. Where a setting has no
+            packed form, methods that only round (rtn, smoothquant) leave the model prepared.
         options: what the method is told.
         dtype: of all that is not quantized. A method computes in float32 whatever this is.
         device: CPU by default.
@@ -91,7 +95,12 @@ def _quantized(
     if config is None:
         raise ConfigError(f"--bits: not given; --method {method} needs e.g. --bits 4-8-8")
     options.check_options(method)
-    config.check_packable()
+    keywords = options.method_options(method)
+    rank = keywords.pop("rank", None)
+    unpacked = METHODS[method].unpacked
+    if rank is not None or unpacked is None or _packable(config):
+        config.check_packable()
+        unpacked = None
     checkpoint = inspect(folder)
     stored = TORCH_DTYPES[checkpoint.tensors[checkpoint.arch.embedding].dtype]
     model = load_model(folder, dtype=torch.float32, device=device)
@@ -100,13 +109,15 @@ def _quantized(
         raise ConfigError(
             f"--method: {folder} is {state.stage} as {state.config.setting} already; leave it out"
         )
+    if rank is not None:
+        check_rank(model, rank)
+    weights = {} if rank is None else float_weights(model)
     tokens = options.tokens(model, folder)
-    keywords = options.method_options(method)
-    calibration = None
+    run, calibration = unpacked or METHODS[method].run, None
     if tokens is None:
-        METHODS[method].run(model, config, **keywords)
+        run(model, config, **keywords)
     else:
-        METHODS[method].run(model, config, tokens, progress=True, **keywords)
+        run(model, config, tokens, progress=True, **keywords)
         calibration = {
             "paths": options.calibration,
             "sequences": tokens.shape[0],
@@ -114,8 +125,33 @@ def _quantized(
             "seed": options.seed or 0,
             "sha256": hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest(),
         }
-    # As the checkpoint would be: norms that a method has changed are rounded to the stored type.
-    # Parameters only: a model-wide cast would round the rotary frequencies.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored).to(dtype)
+    if rank is not None:
+        compensate(model, weights, rank)
+    _cast_as_stored(model, stored, dtype)
     return LoadedModel(model.eval(), config, method, calibration)
+
+
+def _packable(config: QATConfig) -> bool:
+    try:
+        config.check_packable()
+    except ConfigError:
+        return False
+    return True
+
+
+def _cast_as_stored(model: nn.Module, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """As the checkpoint would be: norms that a method has changed are rounded to the stored type.
+
+    Parameters only: a model-wide cast would round the rotary frequencies. Weights that are still to
+    be quantized, and learned scales, stay as they are: they decide the codes.
+    """
+    kept = set()
+    for module in model.modules():
+        if isinstance(module, QATLinear):
+            own = dict(module.named_parameters(recurse=False))
+            names = ["weight", INPUT_SCALE] if module.spec.weight.enabled else [INPUT_SCALE]
+            kept |= {id(own[name]) for name in names if name in own}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(stored).to(dtype)
+    clear_weight_cache(model)

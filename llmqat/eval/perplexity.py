@@ -31,9 +31,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from llmqat.data.dataset import read_texts
 from llmqat.errors import DataError
 from llmqat_kernels.errors import InvalidArgument, InvalidArgumentType
 
+DOCUMENT_BREAK = "\n\n"
+"""Between two documents of a text that is measured as a whole."""
 _CHUNK_ELEMENTS = 1 << 24
 """fp32 logits alive at a time: 64 MiB, small beside any model worth measuring."""
 _LOGIT_TRANSFORMS = (
@@ -69,32 +72,39 @@ class PerplexityResult:
 
 
 def encode_text_file(tokenizer: Any, path: str | os.PathLike[str]) -> torch.Tensor:
-    """The token ids of a whole UTF-8 text file, without special tokens.
+    """The token ids of a whole text, without special tokens.
 
     Args:
         tokenizer: a transformers tokenizer.
-        path: the text file.
+        path: the documents of a ``.jsonl`` or ``.parquet`` file, with an empty line between two;
+            any other file is UTF-8 text as it stands.
 
     Returns:
         int64 [n].
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8.
+        DataError: the file is missing, empty or not UTF-8, or a row has no text.
     """
     path = Path(path)
+    text = _whole_text(path)
+    if not text.strip():
+        raise DataError(f"{path.name} holds no text")
+    # verbose=False: the text is meant to be longer than the model's context.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _whole_text(path: Path) -> str:
+    if path.suffix in (".jsonl", ".parquet"):
+        return DOCUMENT_BREAK.join(read_texts(path))
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path.name} is not UTF-8 text: {error.reason} at {error.start}"
         ) from error
     except FileNotFoundError as error:
         raise DataError(f"no text file at {path}") from error
-    if not text.strip():
-        raise DataError(f"{path.name} holds no text")
-    # verbose=False: the text is meant to be longer than the model's context.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _as_ids(input_ids: torch.Tensor | Sequence[int]) -> torch.Tensor:

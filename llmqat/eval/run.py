@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmqat import io
+from llmqat.checkpoint.load import read_architecture
 from llmqat.config import QATConfig
 from llmqat.data.dataset import read_texts
 from llmqat.errors import ConfigError
@@ -41,8 +42,10 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
     device = parse_device(a.device)
     dtype = parse_dtype(a.dtype)
     set_threads(a.threads)
-    # Before the model: a missing data set shows at once.
+    # Before the model: a missing data set or a short context shows at once.
     suite = _suite(a)
+    if suite is not None:
+        suite.check_context(read_architecture(a.model).context, load_tokenizer(a.model))
     loaded = load_for_evaluation(
         a.model, config, method=a.method, options=a, dtype=dtype, device=device
     )
@@ -58,6 +61,8 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
         "dtype": a.dtype,
         "device": device.type,
     }
+    if a.rank is not None:
+        result["rank"] = a.rank
     identity = _identity(a, loaded)
     done = _previous(a, identity)
     texts = [_measure(a, loaded.model, tokenizer, path) for path in a.text or ()]

@@ -34,8 +34,13 @@ def fake_quantize(
     if not spec.enabled:
         return x
     if spec.numerics == "official":
-        asymmetric = spec.quantizer == "asymmetric"
-        return qk.fake_quantize_official(x, spec.bits, asymmetric=asymmetric, ste_clip=ste_clip)
+        return qk.fake_quantize_official(
+            x,
+            spec.bits,
+            asymmetric=spec.quantizer == "asymmetric",
+            statsq=spec.quantizer == "statsq",
+            ste_clip=ste_clip,
+        )
     if spec.quantizer == "lsq":
         assert learned_scale is not None
         return qk.fake_quantize_lsq(x, learned_scale, spec.bits, ste_clip=ste_clip)

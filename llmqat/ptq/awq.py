@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import llmqat_kernels as qk
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
+from llmqat.models.families import find_family
 from llmqat.nn.linear import LinearSpec
 from llmqat.ptq.calibration import TOKEN_LIMIT, BlockWalk, Gram
-from llmqat.ptq.channels import fold, foldable_groups, merge_heads, spread_heads
+from llmqat.ptq.channels import fold, foldable_groups, merge_heads, spread_heads, widest_folds
 from llmqat.ptq.checks import check_count, check_fold, check_plain, check_token_limit
 from llmqat.ptq.journal import BlockJournal
 
@@ -109,7 +110,8 @@ def awq(
         tokens: int64 [n, T] calibration ids.
         grid: ratios tried per group of linears.
         folds: as `smooth`; by default "all", or "norms+down" where the KV cache is quantized:
-            scales in the rows of v_proj would change what the cache holds.
+            scales in the rows of v_proj would change what the cache holds. "norms" in a family
+            that has nothing wider (GPT-2).
         token_limit: inputs longer than this many times the median count as of that length, so
             that a few attention sinks do not decide alone; 0 is the method as published.
         journal: where finished blocks are kept, and taken from.
@@ -124,7 +126,7 @@ def awq(
     check_plain(model, config)
     check_count("grid", grid, 1)
     if folds is None:
-        folds = "norms+down" if config.kv.enabled else "all"
+        folds = widest_folds(find_family(model), "norms+down" if config.kv.enabled else "all")
     check_fold(folds)
     check_token_limit(token_limit)
     prepare(model, config)

@@ -16,7 +16,7 @@ from llmqat.errors import ConfigError
 from llmqat.models.families import Family
 from llmqat.nn.conv1d import row_weight
 
-__all__ = ["FOLDS", "InputGroup", "fold", "foldable_groups", "input_groups"]
+__all__ = ["FOLDS", "InputGroup", "fold", "foldable_groups", "input_groups", "widest_folds"]
 
 FOLDS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -78,6 +78,17 @@ def input_groups(family: Family) -> tuple[InputGroup, ...]:
         f"model: the blocks of {family.architecture} are not built like LLaMA's; use"
         " method rtn, or quantization-aware training"
     )
+
+
+def widest_folds(family: Family, limit: str = "all") -> str:
+    """The widest option of `FOLDS` up to `limit` whose producers the family has.
+
+    Raises:
+        ConfigError: as `input_groups`.
+    """
+    kinds = {group.kind for group in input_groups(family)}
+    names = list(FOLDS)[: list(FOLDS).index(limit) + 1]
+    return [name for name in names if set(FOLDS[name]) <= kinds][-1]
 
 
 def foldable_groups(family: Family, folds: str) -> list[InputGroup]:

@@ -1,8 +1,9 @@
-"""LoRC: a low-rank correction of the weights' rounding errors, for evaluation in Python.
+"""LoRC: a low-rank correction of the weights' rounding errors, for evaluation.
 
 ZeroQuant-V2 (Yao et al. 2023, section 5) keeps, beside each quantized weight W', a float product
 B A of rank r that is the best approximation of W - W': y = Q(x) W'^T + (x A^T) B^T. The packed
-format has no place for B and A, so such a model is measured here and cannot be saved.
+format has no place for B and A, so such a model is measured (`llmqat eval --rank`) and cannot be
+saved.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmqat.nn.linear import LinearSpec, QuantizedLinear
 from llmqat.ptq.checks import check_count
 from llmqat.state import PACKED, state_of
 
-__all__ = ["CompensatedLinear", "compensate", "float_weights"]
+__all__ = ["CompensatedLinear", "check_rank", "compensate", "float_weights"]
 
 
 class CompensatedLinear(nn.Module):
@@ -60,6 +61,19 @@ def float_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def check_rank(model: nn.Module, rank: int) -> None:
+    """ConfigError unless every linear of a plain or packed model has that many ranks."""
+    check_count("rank", rank, 1)
+    family = find_family(model)
+    for name, _, linear in iter_linears(model, family):
+        packed = isinstance(linear, QuantizedLinear)
+        n, k = (
+            (linear.out_features, linear.in_features) if packed else tuple(row_weight(linear).shape)
+        )
+        if rank > min(n, k):
+            raise ConfigError(f"rank: {rank} is more than {name} has ({n} x {k})")
+
+
 @torch.no_grad()
 def compensate(model: nn.Module, weights: Mapping[str, Tensor], rank: int) -> nn.Module:
     """Give every packed linear a float branch of `rank` that approximates its weight's error.
@@ -78,17 +92,12 @@ def compensate(model: nn.Module, weights: Mapping[str, Tensor], rank: int) -> nn
     if state is None or state.stage != PACKED:
         raise ConfigError("model: not packed; quantize it first, then compensate")
     linears = list(iter_linears(model, find_family(model)))
-    check_count("rank", rank, 1)
     for name, _, linear in linears:
         if name not in weights:
             raise ConfigError(f"weights: {name} is missing; take float_weights(model) beforehand")
         if not isinstance(linear, QuantizedLinear):
             raise ConfigError(f"{name}: expected a QuantizedLinear; is it compensated already?")
-        if rank > min(linear.in_features, linear.out_features):
-            raise ConfigError(
-                f"rank: {rank} is more than {name} has"
-                f" ({linear.out_features} x {linear.in_features})"
-            )
+    check_rank(model, rank)
     for name, _, linear in linears:
         error = weights[name].float().to(linear.weight_scale.device) - linear.dequantize()
         u, s, vh = torch.linalg.svd(error, full_matrices=False)

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from llmqat.config import QATConfig
+from llmqat.convert import prepare
 from llmqat.errors import ConfigError
 from llmqat.ptq.awq import awq
 from llmqat.ptq.calibration import calibration_tokens
 from llmqat.ptq.gptq import gptq
 from llmqat.ptq.rtn import rtn
-from llmqat.ptq.smoothquant import smoothquant
+from llmqat.ptq.smoothquant import smooth, smoothquant
 from llmqat.ptq.zeroquant import zeroquant
 from llmqat.runtime.loading import StrPath, has_tokenizer, load_tokenizer
 
@@ -31,20 +33,35 @@ class Method:
         run: called with the model, its settings, and (where `options` has "calibration") tokens.
         options: the options that mean something to it.
         journaled: whether finished blocks are kept for `--resume`.
+        unpacked: called like `run`, but gives a prepared model, with the same values: so every
+            setting can be measured. None where the method chooses codes, which need the packed
+            grid.
     """
 
     run: Callable[..., nn.Module]
     options: tuple[str, ...]
     journaled: bool = False
+    unpacked: Callable[..., nn.Module] | None = None
+
+
+def _smooth_unpacked(
+    model: nn.Module, config: QATConfig, tokens: Tensor, **options: Any
+) -> nn.Module:
+    return prepare(smooth(model, tokens, **options), config)
 
 
 METHODS = {
-    "rtn": Method(rtn, ()),
-    "smoothquant": Method(smoothquant, (*_DATA, "alpha", "folds", "key_alpha", "keep_float")),
-    "gptq": Method(gptq, (*_DATA, "damping", "act_order", "token_limit"), journaled=True),
+    "rtn": Method(rtn, ("rank",), unpacked=prepare),
+    "smoothquant": Method(
+        smoothquant,
+        (*_DATA, "alpha", "folds", "key_alpha", "keep_float"),
+        unpacked=_smooth_unpacked,
+    ),
+    "gptq": Method(gptq, (*_DATA, "damping", "act_order", "token_limit", "rank"), journaled=True),
     "awq": Method(awq, (*_DATA, "grid", "folds", "token_limit"), journaled=True),
-    "zeroquant": Method(zeroquant, (*_DATA, "steps", "lr", "token_limit"), journaled=True),
+    "zeroquant": Method(zeroquant, (*_DATA, "steps", "lr", "token_limit", "rank"), journaled=True),
 }
+_LOWEST = {"sequences": 1, "seq_len": 2, "seed": 0, "batch_size": 1, "rank": 1}
 _NAMES = sorted({name for method in METHODS.values() for name in method.options})
 
 
@@ -89,6 +106,10 @@ class MethodOptions:
     grid: int | None = _option("awq: ratios tried per group of linears; 20.")
     steps: int | None = _option("zeroquant: AdamW steps per block; 64.")
     lr: float | None = _option("zeroquant: peak learning rate; 1e-4.")
+    rank: int | None = _option(
+        "rtn, gptq, zeroquant in llmqat eval: rank of a float correction beside every quantized"
+        " weight (LoRC of ZeroQuant-V2); none by default. It has no packed form."
+    )
 
     def check_options(self, name: str | None) -> None:
         """ConfigError for an option that means nothing to the method `name` (None: no method), one
@@ -109,7 +130,7 @@ class MethodOptions:
                 f"--calibration: --method {name} looks at text; name a .txt, .jsonl or .parquet"
                 " file, or a folder of llmqat generate-data"
             )
-        for option, low in (("sequences", 1), ("seq_len", 2), ("seed", 0), ("batch_size", 1)):
+        for option, low in _LOWEST.items():
             value = self._value(option)
             if option in accepted and value is not None and value < low:
                 flag = self._field(option).replace("_", "-")
@@ -118,7 +139,7 @@ class MethodOptions:
                 )
 
     def method_options(self, name: str) -> dict[str, Any]:
-        """The keyword arguments of the method that were given."""
+        """The keyword arguments of the method that were given; `rank` is one of `compensate`."""
         method = METHODS[name]
         names = set(method.options) - {*_DATA, "keep_float"}
         if "calibration" in method.options:

@@ -19,10 +19,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 StrPath = str | os.PathLike[str]
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """``float32``, ``bfloat16`` or ``float16``; ConfigError for anything else."""
+def parse_dtype(name: str, flag: str = "dtype") -> torch.dtype:
+    """``float32``, ``bfloat16`` or ``float16``; ConfigError naming `flag` for anything else."""
     if name not in DTYPES:
-        raise ConfigError(f"dtype: {name!r} is not supported; use {', '.join(DTYPES)}")
+        raise ConfigError(f"{flag}: {name!r} is not supported; use {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

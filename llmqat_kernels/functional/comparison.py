@@ -90,16 +90,26 @@ def lsq_scale(x: Tensor, bits: int) -> Tensor:
 
 
 def fake_quantize_official(
-    x: Tensor, bits: int, *, asymmetric: bool = False, ste_clip: float | None = 2.0
+    x: Tensor,
+    bits: int,
+    *,
+    asymmetric: bool = False,
+    statsq: bool = False,
+    ste_clip: float | None = 2.0,
 ) -> Tensor:
     """Rows of x [..., C] as the paper's released code rounds them, in x's dtype (spec 23).
 
     Args:
-        bits: 2..8, or 16, which is quantized there. ste_clip: the mask of that code; None for none.
+        bits: 2..8, or 16, which is quantized there.
+        asymmetric, statsq: the quantizer; symmetric by default. That code takes StatsQ for weights
+            of 2 bits and for nothing else.
+        ste_clip: the mask of that code; None for none.
     """
     check_tensor("x", x, FLOAT_DTYPES)
     check_bits("bits", bits, (16,))
-    return plain.fake_quantize_official(x, bits, asymmetric, check_clip(ste_clip))
+    if asymmetric and statsq:
+        raise InvalidArgument("statsq: has no asymmetric form; leave one of the two out")
+    return plain.fake_quantize_official(x, bits, asymmetric, check_clip(ste_clip), statsq)
 
 
 def fake_quantize_channels(

@@ -153,6 +153,7 @@ def test_operators_pass_opcheck_and_compile_to_the_same_bits():
         (ops.fake_quantize_statsq, (x, 4, -1, None, False)),
         (ops.fake_quantize_lsq, (x, scale, 4, 1.0)),
         (ops.fake_quantize_official, (x, 8, True, 2.0)),
+        (ops.fake_quantize_official, (x, 2, False, 2.0, True)),
     ):
         torch.library.opcheck(op.default, args)
 

@@ -68,6 +68,43 @@ def test_small_constants_keep_zero_rows_finite_but_not_in_fp16():
     assert qk.fake_quantize_official(torch.empty(0, 4), 8).shape == (0, 4)
 
 
+def test_statsq_by_hand():
+    """Weights of 2 bits: s = 2 x mean|w| = 4, values s / 4 times -3, -1, 1, 3; no zero."""
+    x = torch.tensor([[4.0, -2.0, 1.0, 1.0], [8.0, -8.0, -0.0, 0.0]])
+    for dtype in (torch.float32, torch.bfloat16):
+        got = qk.fake_quantize_official(x.to(dtype), 2, statsq=True)
+        # -2 / 4 lies between two values, -1 and -3: half to even takes the outer one.
+        want = [[3.0, -3.0, 1.0, 1.0], [6.0, -6.0, -2.0, -2.0]]
+        assert got.dtype == dtype and got[0].tolist() == want[0]
+        assert got[1, :2].tolist() == want[1][:2] and got[1, 2:].abs().tolist() == [2.0, 2.0]
+    assert qk.fake_quantize_official(torch.zeros(1, 4), 2, statsq=True).isnan().all()
+    assert qk.fake_quantize_official(torch.empty(0, 4), 2, statsq=True).shape == (0, 4)
+
+
+def test_statsq_is_the_clipped_quantizer_in_the_tensors_dtype():
+    x = torch.randn(64, 256, generator=generator(5))
+    own = qk.fake_quantize_statsq(x, 2)
+    got = qk.fake_quantize_official(x, 2, statsq=True)
+    torch.testing.assert_close(got, own, rtol=1e-6, atol=0)
+    narrow = x.to(torch.bfloat16)
+    mean = narrow.abs().float().mean(-1, keepdim=True).to(torch.bfloat16)
+    values = qk.fake_quantize_official(narrow, 2, statsq=True) / (2 * mean)
+    assert set(values.float().mul(4).round().unique().tolist()) == {-3.0, -1.0, 1.0, 3.0}
+
+
+def test_statsq_has_no_gradient_where_it_clips():
+    x = torch.randn(4, 32, generator=generator(6)).mul_(2).requires_grad_()
+    outside = x.detach() / (2 * x.detach().abs().mean(-1, keepdim=True))
+    inside = (outside.abs() < 0.99).float()
+    qk.fake_quantize_official(x, 2, statsq=True, ste_clip=None).sum().backward()
+    assert_same_bits(x.grad, inside)
+    x.grad = None
+    qk.fake_quantize_official(x, 2, statsq=True, ste_clip=1.0).sum().backward()
+    assert_same_bits(x.grad, inside * (x.detach().abs() < 1).float())
+
+
 def test_bad_arguments():
     with pytest.raises(qk.InvalidArgument, match="bits"):
         qk.fake_quantize_official(torch.ones(2, 8), 12)
+    with pytest.raises(qk.InvalidArgument, match="statsq"):
+        qk.fake_quantize_official(torch.ones(2, 8), 2, asymmetric=True, statsq=True)

@@ -17,6 +17,7 @@ from llmqat.runtime.engine import Engine
 from llmqat_kernels import KVCache
 from llmqat_kernels.errors import InvalidArgument
 from tests.llmqat.tiny import packed_llama, tiny_llama
+from tests.llmqat.tiny_families import tiny_model
 
 # paper.md 1.10: GiB at 1k, 2k, 16k and 32k tokens for 16 bits, at 32k for 8, at 1k and 32k for 4.
 PAPER = {
@@ -74,6 +75,30 @@ def test_measured_memory_is_the_computed(mode, backend):
             low, median, high = row.milliseconds
             assert 0 < low <= median <= high
             assert row.tokens_per_second == pytest.approx(3000 / median)
+
+
+def test_the_window_is_named_where_it_is_the_limit():
+    model = tiny_model("mistral", dtype=torch.bfloat16, sliding_window=16)
+    rows, _ = kv.measure(model, [16, 32, 512], [16], kv_mode="serving", steps=2)
+    assert rows[0].measured_bytes == rows[0].computed_bytes
+    window = "the engine has no windows, and the model's sliding window is 16 tokens"
+    assert [row.note for row in rows] == ["", *[f"computed only: {window}"] * 2]
+    wide = tiny_model("mistral", dtype=torch.bfloat16, sliding_window=4096)
+    rows, _ = kv.measure(wide, [512], [16], kv_mode="serving", steps=2)
+    assert rows[0].note == "computed only: the model has 256 positions"
+
+
+def test_a_family_without_engine_is_computed_only(tmp_path, capsys):
+    llmqat.save_pretrained(tiny_model("gpt2"), tmp_path / "model")
+    argv = ["bench", "kv", "--model", str(tmp_path / "model"), "--seq-lens", "16,1k"]
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    note = "computed only: the engine does not run GPT2LMHeadModel, so nothing is measured"
+    assert shown.endswith(f"\n\n- {note}\n") and "| 1k |" in shown
+    result = bench_kv(KVArguments(str(tmp_path / "model"), seq_lens="16", bits="8"))
+    (row,) = result["rows"]
+    # 2 layers of K and V of 64 codes and a scale of 4 bytes each
+    assert row["computed_bytes"] == 16 * 2 * 2 * (64 + 4) and row["measured_bytes"] is None
 
 
 def test_a_packed_model_runs_in_every_width():

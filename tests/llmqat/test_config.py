@@ -145,6 +145,8 @@ def test_defaults_of_the_later_fields_are_todays_behaviour():
         ("4-16-4", {"a_quantizer": "lsq"}, "a_quantizer"),
         ("4-8-16", {"kv_quantizer": "asymmetric"}, "kv_quantizer"),
         ("4-8-4", {"numerics": "official", "w_quantizer": "statsq"}, "w_quantizer"),
+        ("2-8-4", {"numerics": "official", "w_quantizer": "asymmetric"}, "w_quantizer"),
+        ("2-8-4", {"numerics": "official", "w_quantizer": "statsq"}, "w_quantizer"),
         ("4-8-4", {"numerics": "official", "a_quantizer": "lsq"}, "a_quantizer"),
         ("4-8-4", {"numerics": "official", "group_size": 32}, "group_size"),
     ],

@@ -9,6 +9,7 @@ import llmqat
 import llmqat_kernels as qk
 from llmqat import QATConfig, cli
 from llmqat.errors import ConfigError
+from llmqat.eval import models
 from llmqat.eval.models import load_for_evaluation
 from llmqat.ptq.methods import METHODS, MethodOptions
 from tests.llmqat.tiny import random_tokens, tiny_llama
@@ -90,12 +91,86 @@ def test_stages(folder, tmp_path):
         load_for_evaluation(tmp_path / "prepared", QATConfig.parse("8-8-8"))
 
 
-def test_fake_quantization_only(folder):
-    """What the packed format cannot hold is evaluated without a method, and refused with one."""
+UNPACKED = [
+    ("4-8-16", {"w_quantizer": "asymmetric"}),
+    ("4-8-8", {"w_quantizer": "statsq", "a_quantizer": "lsq"}),
+    ("2-8-16", {"numerics": "official"}),
+    ("4-4-16", {"a_group_size": 16}),
+    ("4-8-6", {}),
+    ("16-8-16", {}),
+    ("16-16-16", {}),
+]
+
+
+def _calibrated(folder, **fields):
+    words = str(folder.parent / "words.txt")
+    return Options(calibration=[words], sequences=8, seq_len=16, **fields)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("setting", "fields"), UNPACKED)
+def test_methods_that_round_take_every_setting(folder, setting, fields, dtype):
+    """Without a packed form the model stays prepared, with the numbers of `--bits` alone."""
+    config, dtype = QATConfig.parse(setting, **fields), getattr(torch, dtype)
+    plain = load_for_evaluation(folder, config, dtype=dtype)
+    rtn = load_for_evaluation(folder, config, method="rtn", dtype=dtype)
+    assert torch.equal(_logits(rtn.model), _logits(plain.model))
+    assert (rtn.stage, rtn.config) == ("rtn", config) and rtn.model.dtype == dtype
+    smooth = load_for_evaluation(
+        folder, config, method="smoothquant", options=_calibrated(folder), dtype=dtype
+    )
+    assert smooth.stage == "smoothquant" and smooth.calibration["sequences"] == 8
+    assert bool(_logits(smooth.model).isfinite().all())
+
+
+def test_unpacked_smoothing_has_the_codes_of_the_packed(folder, monkeypatch):
+    """The same setting both ways: weights that are still to be rounded keep their precision."""
+    options = _calibrated(folder)
+    packed = load_for_evaluation(
+        folder, CONFIG, method="smoothquant", options=options, dtype=torch.bfloat16
+    )
+    monkeypatch.setattr(models, "_packable", lambda config: False)
+    prepared = load_for_evaluation(
+        folder, CONFIG, method="smoothquant", options=options, dtype=torch.bfloat16
+    )
+    assert torch.equal(_logits(prepared.model), _logits(packed.model))
+
+
+def test_rank(folder, tmp_path):
+    """A larger rank is nearer to full precision; all ranks are the weights themselves (LoRC)."""
+    config = QATConfig.parse("3-16-16")
+    square = tiny_llama(kv_heads=4, intermediate=64, dtype=torch.bfloat16)
+    llmqat.save_pretrained(square, tmp_path / "plain")
+    save_tokenizer(tmp_path / "plain")
+    words, folder = str(folder.parent / "words.txt"), tmp_path / "plain"
+    wanted = _logits(load_for_evaluation(folder).model)
+    for method, fields in (("rtn", {}), ("gptq", {}), ("zeroquant", {"steps": 2})):
+        errors = []
+        for rank in (None, 16, 64):
+            options = Options(rank=rank, **fields)
+            if method != "rtn":
+                options = Options(rank=rank, calibration=[words], sequences=8, seq_len=16, **fields)
+            model = load_for_evaluation(folder, config, method=method, options=options).model
+            errors.append(float((_logits(model) - wanted).square().mean()))
+        assert errors[2] < errors[1] < errors[0] and errors[2] < 1e-7
+    for rank, message in ((65, "rank: 65 is more than"), (0, "--rank: 0 is not supported")):
+        with pytest.raises(ConfigError, match=message):
+            load_for_evaluation(folder, config, method="rtn", options=Options(rank=rank))
+    with pytest.raises(ConfigError, match="w_quantizer"):
+        asymmetric = QATConfig.parse("4-8-8", w_quantizer="asymmetric")
+        load_for_evaluation(folder, asymmetric, method="rtn", options=Options(rank=1))
+    with pytest.raises(ConfigError, match="--rank: means nothing to --method awq"):
+        load_for_evaluation(folder, config, method="awq", options=Options(rank=1))
+
+
+def test_methods_that_choose_codes_need_the_packed_grid(folder):
     config = QATConfig.parse("4-8-8", w_quantizer="asymmetric")
-    assert load_for_evaluation(folder, config).config == config
-    with pytest.raises(ConfigError, match="asymmetric"):
-        load_for_evaluation(folder, config, method="rtn")
+    for method in ("gptq", "awq", "zeroquant"):
+        with pytest.raises(ConfigError, match="asymmetric"):
+            load_for_evaluation(folder, config, method=method, options=_calibrated(folder))
+
+
+def test_what_is_missing(folder):
     with pytest.raises(ConfigError, match="--calibration: --method gptq looks at text"):
         load_for_evaluation(folder, CONFIG, method="gptq")
     with pytest.raises(ConfigError, match="--bits: not given; --method rtn needs"):

@@ -2,11 +2,14 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import llmqat
 import llmqat_kernels as qk
 from llmqat import cli
+from llmqat.eval import run
 from llmqat.eval.tasks import suite
 from tests.llmqat.tiny import tiny_llama
 from tests.llmqat.tiny_tokenizer import save_character_tokenizer
@@ -32,6 +35,7 @@ def folder(tmp_path_factory):
     (folder.parent / "text.txt").write_text(TEXT)
     rows = [{"text": "one two"}, {"text": "three"}]
     (folder.parent / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), folder.parent / "rows.parquet")
     return folder
 
 
@@ -57,6 +61,13 @@ def test_protocols(folder, capsys, tmp_path):
     assert (windows["protocol"], word["protocol"]) == ("windows", "word")
     assert word["words"] == len(TEXT.split()) + 1 and word["tokens"] == len(TEXT)
     assert word["perplexity"] > windows["perplexity"]
+    joined = folder.parent / "joined.txt"
+    joined.write_text("one two\n\nthree")
+    short = ("--model", folder, "--seq-len", 4, "--text")
+    expected = _json(capsys, *short, joined)
+    for path in (rows, folder.parent / "rows.parquet"):
+        same = _json(capsys, *short, path)
+        assert (same["nll"], same["tokens"]) == (expected["nll"], expected["tokens"])
     several = _json(capsys, *common, "--protocol", "word", "--text", text, rows)
     assert several["texts"][0]["perplexity"] == word["perplexity"]
     assert several["texts"][1]["documents"] == 2 and "perplexity" not in several
@@ -91,6 +102,41 @@ def test_a_method_with_options(folder, capsys):
         *("--sequences", 8, "--act-order"),
     )
     assert result["stage"] == "gptq" and result["perplexity"] > 1
+
+
+def test_low_rank_correction(folder, tmp_path, capsys):
+    """The other half of ZeroQuant-V2 is reached by a flag; at all ranks nothing is lost."""
+    text, square = folder.parent / "text.txt", tmp_path / "square"
+    llmqat.save_pretrained(tiny_llama(kv_heads=4, intermediate=64), square)
+    save_character_tokenizer(square)
+    common = ("--model", square, "--text", text, "--seq-len", 32)
+    options = ("--bits", "3-16-16", "--method", "zeroquant", "--steps", 1, "--sequences", 2)
+    options += ("--calibration", text, "--calibration-seq-len", 16)
+    full = _json(capsys, *common)["nll"]
+    plain = _json(capsys, *common, *options)
+    ranked = _json(capsys, *common, *options, "--rank", 64)
+    assert "rank" not in plain and ranked["rank"] == 64
+    assert abs(ranked["nll"] - full) < 1e-4 < abs(plain["nll"] - full)
+    assert cli.main(["eval", *map(str, (*common, *options, "--rank", 2))]) == 0
+    assert "(zeroquant with rank 2, " in capsys.readouterr().out
+
+
+def test_a_task_that_does_not_fit(folder, tmp_path, capsys, monkeypatch):
+    """Said before the model is loaded and before other tasks run, in one line."""
+    small = tmp_path / "small"
+    model = tiny_llama(tied=True)
+    model.config.max_position_embeddings = 256
+    llmqat.save_pretrained(model, small)
+    save_character_tokenizer(small)
+    monkeypatch.setattr(run, "load_for_evaluation", None)
+    argv = ("--model", small, "--tasks", "piqa,triviaqa", "--tasks-dir", "samples", "--limit", 2)
+    assert cli.main(["eval", *map(str, argv), "--shots", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--tasks: triviaqa needs " in error and "256 of them to write" in error
+    assert "the model's context has 256; leave it out\n" in error
+    few = _fail(capsys, "--model", folder, *argv[2:])
+    assert few.endswith("context has 512; leave it out, or give fewer --shots")
 
 
 def test_tasks(folder, capsys):
@@ -169,6 +215,9 @@ def test_a_failing_task_loses_itself_only(folder, capsys, tmp_path, monkeypatch)
             "--sequences: 0 is not supported",
         ),
         (("--text", "t", "--method", "rtn"), "--bits: not given; --method rtn needs"),
+        (("--text", "t", "--rank", "2"), "--rank: means nothing without --method"),
+        (("--text", "t", "--method", "awq", "--rank", "2"), "--rank: means nothing to --method"),
+        (("--text", "t", "--method", "rtn", "--rank", "0"), "--rank: 0 is not supported"),
     ],
 )
 def test_bad_arguments_are_one_line(folder, capsys, argv, message):

@@ -144,7 +144,7 @@ def test_post_training_methods(name):
         lambda model: rtn(model, config),
         lambda model: gptq(model, config, tokens),
         lambda model: smoothquant(model, config, tokens),
-        lambda model: awq(model, config, tokens, folds="norms", grid=3),
+        lambda model: awq(model, config, tokens, grid=3),
         lambda model: zeroquant(model, config, tokens, steps=2),
     ):
         packed = method(tiny_model(name))
@@ -192,6 +192,18 @@ def test_folds_that_gpt2_cannot_have():
     for folds in ("norms+down", "all"):
         with pytest.raises(ConfigError, match=r"folds: .*GPT2LMHeadModel.* use norms"):
             smooth(tiny_model("gpt2"), random_tokens(0, 1, 8), folds=folds)
+        with pytest.raises(ConfigError, match=r"folds: .*GPT2LMHeadModel.* use norms"):
+            awq(tiny_model("gpt2"), QATConfig.parse("4-8-16"), random_tokens(0, 1, 8), folds=folds)
+
+
+def test_awq_takes_the_widest_folds_of_the_family():
+    config, tokens, x = QATConfig.parse("4-8-16"), random_tokens(0, 4, 16), random_tokens(6, 1, 8)
+    for name, folds in (("gpt2", "norms"), ("llama", "all")):
+        default, asked = (
+            awq(tiny_model(name), config, tokens, grid=3, **options)
+            for options in ({}, {"folds": folds})
+        )
+        assert torch.equal(default(x).logits, asked(x).logits)
 
 
 def test_gpt2_paper_kv_is_one_scale_per_token():

@@ -1,8 +1,11 @@
 """Perplexity against its definition written out in fp64, and its refusals."""
 
+import json
 import math
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -176,6 +179,26 @@ def test_encode_text_file_adds_no_special_tokens(tokenizer, tmp_path):
     encoded = encode_text_file(tokenizer, path)
     assert encoded.dtype == torch.int64
     assert encoded.tolist() == [1, 2, 3, 4]
+
+
+def test_encode_text_file_reads_documents_by_suffix(tokenizer, tmp_path):
+    """Rows are joined by an empty line; any other file stays as it is."""
+    seen = []
+
+    def spy(text, **options):
+        seen.append(text)
+        return tokenizer(text, **options)
+
+    rows = [{"text": "a b"}, {"text": "c zebra\n"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    (tmp_path / "t.md").write_text('{"text": "a"}\n')
+    for suffix in ("jsonl", "parquet", "md"):
+        encode_text_file(spy, tmp_path / f"t.{suffix}")
+    assert seen == ["a b\n\nc zebra\n"] * 2 + ['{"text": "a"}\n']
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2]}')
+    with pytest.raises(DataError, match="holds token ids, not text"):
+        encode_text_file(tokenizer, tmp_path / "ids.jsonl")
 
 
 def test_encode_text_file_refusals(tokenizer, tmp_path):

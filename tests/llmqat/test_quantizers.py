@@ -76,6 +76,17 @@ def test_linears_multiply_the_values_of_their_quantizers(dtype):
     assert torch.equal(layer(x), want)
 
 
+def test_official_weights_of_two_bits_are_statsq():
+    """Only weights: that code has min-max for activations and KV at every width."""
+    layer, x = linear("2-2-16", numerics="official"), torch.randn(3, 24)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, x = layer.to(dtype), x.to(dtype)
+        weight = qk.fake_quantize_official(layer.weight, 2, statsq=True)
+        assert not (weight == 0).any()
+        assert torch.equal(layer(x), product(layer, qk.fake_quantize_official(x, 2), weight))
+    assert "w:statsq" in layer.extra_repr() and layer.extra_repr().endswith("official")
+
+
 def test_official_numerics_quantize_in_the_dtype_of_the_input():
     layer, x = linear("4-8-16", **OTHERS["official"]), torch.randn(3, 24)
     assert layer.spec.ste_clip == 2.0

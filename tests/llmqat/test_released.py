@@ -100,6 +100,10 @@ def test_export_released(tmp_path, capsys):
     base = ["export", "--model", str(tmp_path / "theirs"), "--output", str(tmp_path / "packed")]
     assert main([*base, "--released"]) == 1
     assert "--bits" in capsys.readouterr().err
+    assert main([*base, "--released", "--bits", "2-8-16", "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "llmqat eval --numerics official --bits 2-..." in error
+    assert not (tmp_path / "packed").exists()
     assert main([*base, "--released", "--bits", "8-8-4", "--verify", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["setting"] == "8-8-4" and result["released"]["clamped_codes"] > 0
@@ -115,10 +119,13 @@ def test_what_cannot_be_imported():
         (prepare(released_model(), config), config, "without --released"),
         (released_model(), QATConfig.parse("4-8-4", group_size=16), "group_size"),
         (released_model(), QATConfig.parse("16-8-4"), "w_bits"),
+        (released_model(), QATConfig.parse("2-8-16"), "w_bits: .* StatsQ"),
         (nn.Linear(2, 2), config, "not supported"),
     ):
         with pytest.raises(ConfigError, match=message):
             import_released(model, settings)
+    with pytest.raises(ConfigError, match=r"w_bits: .* StatsQ"):
+        released_codes(gaussian(4, 8), 2)
     broken = released_model()
     with torch.no_grad():
         broken.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")

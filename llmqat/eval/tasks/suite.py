@@ -22,6 +22,8 @@ from llmqat.eval.tasks.local import LocalRows, by_subject, read_rows
 
 SEED = 1234
 """lm-eval's default for the choice of few-shot examples."""
+WRITTEN = 256
+"""Tokens that lm-eval lets a model write where a task does not say."""
 _SPLITS = {"training_split": None, "validation_split": None, "test_split": "test"}
 
 Entry = dict[str, Any]
@@ -59,6 +61,19 @@ class TaskSuite:
                 for name in names
             ]
 
+    def check_context(self, context: int, tokenizer: Any) -> None:
+        """ConfigError for a task whose answers would not fit behind its prompts, by its first one.
+
+        Args:
+            context: positions of the model.
+            tokenizer: its tokenizer.
+        """
+        with _quiet():
+            for loaded in self._loaded:
+                for task in loaded.tasks["tasks"].values():
+                    if task.OUTPUT_TYPE == "generate_until":
+                        _check_room(loaded, task, context, tokenizer)
+
     def run(
         self,
         model: nn.Module,
@@ -82,6 +97,9 @@ class TaskSuite:
         Returns:
             By task: its metrics with their standard errors, `metric` (the reported one), `shots`,
             `questions` and `seconds`.
+
+        Raises:
+            ConfigError: a task that does not fit into the model's context.
         """
         from lm_eval.models.huggingface import HFLM
 
@@ -94,6 +112,7 @@ class TaskSuite:
                 batch_size=batch_size,
                 softmax_dtype=torch.float32,
             )
+            self.check_context(lm.max_length, tokenizer)
             for task in self._loaded:
                 old = (done or {}).get(task.name)
                 if old and (old["shots"], old["data_sha256"]) == (task.shots, task.sha256):
@@ -248,6 +267,22 @@ def _dataset(rows: LocalRows) -> Callable[..., Any]:
         return DatasetDict(parts)
 
     return splits
+
+
+def _check_room(loaded: _Loaded, task: Any, context: int, tokenizer: Any) -> None:
+    """lm-eval would cut examples off a prompt that is too long, or stop at an assertion."""
+    written = task.config.generation_kwargs.get("max_gen_toks", WRITTEN)
+    first = next((doc for _, doc in task.doc_iterator(limit=1)), None)
+    if first is None:
+        return  # lm-eval says so
+    prompt = len(tokenizer(task.fewshot_context(first, loaded.shots), verbose=False)["input_ids"])
+    task.set_fewshot_seed(SEED)  # the examples that were drawn here are drawn again
+    if prompt + written > context:
+        less = ", or give fewer --shots" if loaded.shots and written < context else ""
+        raise ConfigError(
+            f"--tasks: {loaded.name} needs {prompt + written} tokens, {written} of them to write,"
+            f" and the model's context has {context}; leave it out{less}"
+        )
 
 
 def _evaluate(lm: Any, task: _Loaded, limit: int | None) -> Entry:
