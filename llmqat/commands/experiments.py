@@ -20,7 +20,7 @@ from llmqat.experiments.cells import Cell, expand, measured
 from llmqat.experiments.costs import shape_of
 from llmqat.experiments.inputs import Inputs, gather, parse_named
 from llmqat.experiments.prune import find_models, prune
-from llmqat.experiments.report import write_report
+from llmqat.experiments.report import titles, write_report
 from llmqat.experiments.results import CellLog, read_cells
 from llmqat.experiments.runner import Runner, duration
 from llmqat.experiments.stages import Store, in_order
@@ -113,10 +113,12 @@ class ListArguments:
 def run_list(arguments: ListArguments) -> None:
     """Print the experiments, their rows and the finished cells per model and budget."""
     done: dict[str, dict[str, int]] = {}
-    for record in read_cells(Path(arguments.output)):
+    records = list(read_cells(Path(arguments.output)))
+    names = titles((record["model"], record["model_sha256"]) for record in records)
+    for record in records:
         if record["status"] == "done":
             by = done.setdefault(record["table"], {})
-            key = f"{record['model']} {record['budget']}"
+            key = f"{names[record['model'], record['model_sha256']]} {record['budget']}"
             by[key] = by.get(key, 0) + 1
     for name, table in load_tables().items():
         cached = ", ".join(f"{key}: {n} done" for key, n in done.get(name, {}).items())

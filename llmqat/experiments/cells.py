@@ -34,6 +34,12 @@ SHOTS = 5
 DATA_SEED = 0
 """All seeds train on the same generated text: a seed decides calibration samples and data order."""
 JOURNALED = ("gptq", "awq", "zeroquant")
+_ROLES = {
+    "generate-data": {"model": "generator"},
+    "train": {"data": "train text {data}"},
+    "eval": {"tasks_dir": "tasks"},
+}
+"""Options that are read from outside, and what they are called in a cell's record."""
 _WEIGHT = {"eval": 0, "quantize": 1, "generate-data": 1, "train": 3}
 
 
@@ -63,6 +69,22 @@ class Cell:
     def stages(self) -> list[Stage]:
         """All stages, in order."""
         return in_order(self.columns.values())
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of all that is read beside the model, by what it serves as: ``generator``,
+        ``train text c4``, ``text wikitext2``, ``tasks``.
+        """
+        found = {}
+        for stage in self.stages:
+            options = dict(stage.options)
+            for option, role in _ROLES.get(stage.command, {}).items():
+                if isinstance(source := options.get(option), Source):
+                    found[role.format(data=self.row.data)] = source.digest
+        for column, stage in self.columns.items():
+            if isinstance(source := dict(stage.options).get("text"), Source):
+                found[f"text {column.removeprefix(PERPLEXITY)}"] = source.digest
+        return found
 
 
 def measured(table: Table, budget: Budget) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from llmqat.eval.cost import GIB, ModelShape, kv_bytes_per_token, ops, weight_by
 
 SEQ_LEN = 2048
 """Tokens of OPs (section 3.1) and of the KV cache that is counted."""
+FULL = "16-16-16"
+MEASURED = ("8-8-8", "4-8-8")
+"""Settings of Figure 4's other lines."""
 
 
 def shape_of(folder: Path) -> dict[str, Any] | None:
@@ -68,31 +72,43 @@ def cost_lines(
 
     Args:
         assumptions: of the table (section 3.4 of the paper).
-        speeds: measured tokens per second by setting; they replace the paper's speedups where both
-            16-16-16 and the setting are given.
+        speeds: measured tokens per second by setting; 16-16-16 with 8-8-8, 4-8-8 or both adds a
+            line for each beside the paper's speedup.
 
     Raises:
-        ConfigError: a speed that is not positive.
+        ConfigError: a speed that is no positive number, of a setting without a line, or without
+            one of 16-16-16 to compare with.
     """
     a, speeds = assumptions, dict(speeds or {})
-    for setting, speed in speeds.items():
-        if not speed > 0:
-            raise ConfigError(f"--speed: {setting}={speed} is not positive")
+    _check_speeds(speeds)
     unit = a["inference_days"] / a["inferences"]
-    lines = [CostLine("full precision", "16-16-16", 0.0, unit, "the paper", a["inference_days"])]
+    lines = [CostLine("full precision", FULL, 0.0, unit, "the paper", a["inference_days"])]
     for label, setting, fixed in (
-        ("post-training", "8-8-8", a["ptq_days"]),
-        ("LLM-QAT", "4-8-8", a["generation_days"] + a["training_days"]),
+        ("post-training", MEASURED[0], a["ptq_days"]),
+        ("LLM-QAT", MEASURED[1], a["generation_days"] + a["training_days"]),
     ):
         key = setting.replace("-", "_")
         speedup, source = a[f"speedup_{key}"], f"{a[f'speedup_{key}']}x, assumed by the paper"
         published = a[f"published_days_{key}"]
         lines.append(CostLine(label, setting, fixed, unit / speedup, source, published))
-        if setting in speeds and "16-16-16" in speeds:
-            measured = speeds[setting] / speeds["16-16-16"]
+        if setting in speeds:
+            measured = speeds[setting] / speeds[FULL]
             text = f"{measured:.2f}x, measured"
             lines.append(CostLine(f"{label}, measured", setting, fixed, unit / measured, text))
     return lines
+
+
+def _check_speeds(speeds: Mapping[str, float]) -> None:
+    for setting, speed in speeds.items():
+        if setting not in (FULL, *MEASURED):
+            accepted = ", ".join((FULL, *MEASURED))
+            raise ConfigError(f"--speed: figure 4 has no line of {setting!r}; use {accepted}")
+        if not (math.isfinite(speed) and speed > 0):
+            raise ConfigError(f"--speed: {setting}={speed} is not a positive number")
+    if speeds and FULL not in speeds:
+        raise ConfigError(f"--speed: {FULL} is missing, which the others are compared with")
+    if speeds and not any(setting in speeds for setting in MEASURED):
+        raise ConfigError(f"--speed: {FULL} alone compares nothing; add {' or '.join(MEASURED)}")
 
 
 def break_even(line: CostLine, other: CostLine) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmqat.errors import ConfigError
-from llmqat.experiments.report import lower_is_better, mean_of
+from llmqat.experiments.report import figure1_tables, lower_is_better, mean_of
 from llmqat.io import atomic_path
 
 COLORS = {
@@ -62,8 +62,9 @@ def axis_label(column: str) -> str:
 
 
 def _scored(table: Record, column: str) -> list[tuple[Record, float]]:
-    """Rows with a finite value."""
-    found = [(row, mean_of(row, column)) for row in table["rows"]]
+    """Rows with a finite value that read what the others of their table read."""
+    rows = (row for row in table["rows"] if not row["other_inputs"])
+    found = [(row, mean_of(row, column)) for row in rows]
     return [(row, value) for row, value in found if value is not None and math.isfinite(value)]
 
 
@@ -147,7 +148,7 @@ def _points(report: Record) -> tuple[str, list[tuple[Record, float]]]:
     """Figure 1's points: every setting and method of the grids, each once, by the column that most
     of them have.
     """
-    tables = [t for t in report["tables"] if t["name"] in ("figure1", "table1", "table2")]
+    tables = figure1_tables(report["tables"])
     for column in ("average", "perplexity/wikitext2", "perplexity/c4"):
         seen: dict[tuple[str, str, str | None], tuple[Record, float]] = {}
         for table in tables:
@@ -202,7 +203,7 @@ def figure1(pyplot: Any, report: Record, folder: Path) -> str | None:
     panels[1].xaxis.set_minor_formatter(pyplot.NullFormatter())
     panels[0].set_ylabel(axis_label(column))
     panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{report['model']}: quality against size and operations", fontsize=11)
+    figure.suptitle(f"{report['title']}: quality against size and operations", fontsize=11)
     return _save(pyplot, figure, folder / "figure1.png")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmqat.experiments.report import NOT_RUN
-from llmqat.experiments.results import FAILED
+from llmqat.experiments.results import FAILED, short
 from llmqat.experiments.runner import duration
 from llmqat.experiments.tables import PERPLEXITY, ZERO_SHOT
 
@@ -60,6 +60,36 @@ def _setting(row: Record) -> str:
     return f"{row['bits']} {row['kv_mode']}" if row["kv_mode"] else str(row["bits"])
 
 
+def _label(row: Record) -> str:
+    """A row's method, and what sets its cells apart."""
+    notes = [row["note"]] if row["note"] else []
+    if row["processes"] and row["processes"][-1] > 1:
+        notes.append(f"{' and '.join(map(str, row['processes']))} processes")
+    notes += [f"{role} {short(digest)}" for role, digest in row["other_inputs"].items()]
+    return row["label"] + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _inputs(table: Record) -> list[str]:
+    """What the cells of a table read beside the model; nothing where no record says."""
+    if not table["inputs"]:
+        return []
+    several = {role: by for role, by in table["inputs_by_cells"].items() if len(by) > 1}
+    text = ", ".join(f"{role} {short(digest)}" for role, digest in table["inputs"].items())
+    unknown = table["cells_without_inputs"]
+    text += f"; {unknown} older cells do not say" if unknown else ""
+    parts = [f"Read beside the model (SHA-256): {text}."]
+    if several:
+        listed = "; ".join(
+            f"{role} " + ", ".join(f"{short(digest)} in {n}" for digest, n in by.items())
+            for role, by in several.items()
+        )
+        parts.append(
+            f"**Cells of this table read different inputs** ({listed} cells). Rows with another"
+            " input name it; comparisons and pictures leave them out."
+        )
+    return parts
+
+
 def _table(table: Record) -> list[str]:
     ours = [column for column in table["columns"] if column not in ZERO_SHOT]
     theirs = [column for column in table["paper_columns"] if column not in ZERO_SHOT]
@@ -73,7 +103,7 @@ def _table(table: Record) -> list[str]:
     header += ["time"]
     rows = []
     for row in table["rows"]:
-        cells = [row["label"] + (f" ({row['note']})" if row["note"] else ""), _setting(row)]
+        cells = [_label(row), _setting(row)]
         cells += [shown(row, column) for column in ours]
         cells += [
             published(row["published"][model][c]) for model in table["paper_models"] for c in theirs
@@ -93,7 +123,7 @@ def _tasks(table: Record) -> list[str]:
     rows = []
     for row in table["rows"]:
         if any(row["values"].get(column) for column in columns):
-            rows.append([row["label"], _setting(row), "ours", *(shown(row, c) for c in columns)])
+            rows.append([_label(row), _setting(row), "ours", *(shown(row, c) for c in columns)])
         for model in table["paper_models"]:
             values = row["published"][model]
             if any(values.get(column) is not None for column in columns):
@@ -163,6 +193,7 @@ def _section(table: Record, pictures: Sequence[str]) -> str:
              f" {len(table['rows'])} rows done."]  # fmt: skip
     if table["overrides"]:
         parts.append(f"Changes of the budget here: {', '.join(table['overrides'])}.")
+    parts += _inputs(table)
     parts += _table(table)
     parts += [f"![{table['name']}]({picture})" for picture in pictures]
     parts += _comparison(table)
@@ -187,8 +218,9 @@ def render(report: Record, pictures: Mapping[str, Sequence[str]]) -> str:
     """
     cells, versions = report["cells"], report["versions"]
     lines = [
-        f"# The paper's tables on {report['model']}, budget {report['budget']}",
-        f"{cells['done']} cells done, {cells['failed']} failed; {duration(report['seconds'])} of"
+        f"# The paper's tables on {report['title']}, budget {report['budget']}",
+        f"Model {report['model']}, SHA-256 {', '.join(map(short, report['model_sha256']))};"
+        f" {cells['done']} cells done, {cells['failed']} failed; {duration(report['seconds'])} of"
         f" work in {len(report['stages'])} stages; seeds {', '.join(map(str, report['seeds']))}."
         f" Every command with its time is in `commands.txt`, every number in `report.json`.",
         "The paper's numbers are of LLaMA models of 7 billion parameters and more, by its own"

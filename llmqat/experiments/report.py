@@ -17,10 +17,12 @@ from llmqat import io
 from llmqat.errors import DataError
 from llmqat.experiments.cells import REDUCED
 from llmqat.experiments.costs import break_even, cost_lines, row_cost
-from llmqat.experiments.results import DONE, FAILED, read_cells
+from llmqat.experiments.origins import agreeing, common, counted, others
+from llmqat.experiments.results import DONE, FAILED, read_cells, short
 from llmqat.experiments.tables import COLUMNS, PERPLEXITY, TRAINED, Table, load_tables
 
 NOT_RUN = "not run"
+FIGURE1_TABLES = ("table1", "table2", "figure1")
 Record = dict[str, Any]
 
 
@@ -29,18 +31,29 @@ def lower_is_better(column: str) -> bool:
     return column.startswith(PERPLEXITY)
 
 
-def groups(root: Path) -> dict[tuple[str, str], list[Record]]:
-    """The records by model and budget.
+def groups(root: Path) -> dict[tuple[str, str, str], list[Record]]:
+    """The records by the model's name, its digest, and budget.
 
     Raises:
         DataError: there is none.
     """
-    found: dict[tuple[str, str], list[Record]] = {}
+    found: dict[tuple[str, str, str], list[Record]] = {}
     for record in read_cells(root):
-        found.setdefault((record["model"], record["budget"]), []).append(record)
+        key = (record["model"], record["model_sha256"], record["budget"])
+        found.setdefault(key, []).append(record)
     if not found:
         raise DataError(f"--output: {root} has no results; run llmqat experiments run first")
     return found
+
+
+def titles(models: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What to call each model (name, digest): its name, with its digest where two share it."""
+    models = set(models)
+    count = Counter(name for name, _ in models)
+    return {
+        (name, digest): f"{name}-{short(digest)}" if count[name] > 1 else name
+        for name, digest in models
+    }
 
 
 def primary(columns: Sequence[str]) -> str:
@@ -63,7 +76,10 @@ def summarize(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def build_table(table: Table, records: Sequence[Record], shape: Mapping[str, Any] | None) -> Record:
-    """One table: its rows in order, one entry per KV mode that was run."""
+    """One table: its rows in order, one entry per KV mode that was run, and per text, generator and
+    tasks that were read (:mod:`llmqat.experiments.origins`).
+    """
+    usual = common(records)
     found = {column for record in records for column in record["values"]}
     columns = [column for column in COLUMNS if column in found] or list(REDUCED)
     rows = []
@@ -71,8 +87,12 @@ def build_table(table: Table, records: Sequence[Record], shape: Mapping[str, Any
         mine = [record for record in records if record["row"] == row.key]
         modes = list(dict.fromkeys(record["kv_mode"] for record in mine))
         default = row.kv_modes[0] if row.kv_bits < 16 else None
-        for mode in modes or [default]:
-            cells = [record for record in mine if record["kv_mode"] == mode]
+        entries = [
+            (mode, other, [r for r in mine if r["kv_mode"] == mode and others(r, usual) == other])
+            for mode in modes
+            for other in distinct(others(r, usual) for r in mine if r["kv_mode"] == mode)
+        ]
+        for mode, other, cells in entries or [(default, {}, [])]:
             values = {
                 column: summarize([r["values"][column] for r in cells if column in r["values"]])
                 for column in columns
@@ -85,6 +105,8 @@ def build_table(table: Table, records: Sequence[Record], shape: Mapping[str, Any
                     "bits": row.bits,
                     "method": row.method,
                     "kv_mode": mode,
+                    "other_inputs": other,
+                    "processes": sorted({record.get("processes", 1) for record in cells}),
                     "status": FAILED if errors else (DONE if cells else NOT_RUN),
                     "error": errors[0] if errors else None,
                     "seeds": sorted(record["seed"] for record in cells),
@@ -108,9 +130,26 @@ def build_table(table: Table, records: Sequence[Record], shape: Mapping[str, Any
         "primary": primary(columns),
         "notes": list(table.notes),
         "lost": table.lost,
+        "inputs": usual,
+        "inputs_by_cells": counted(records),
+        "cells_without_inputs": sum("inputs" not in record for record in records),
         "rows": rows,
     }
-    return {**result, "settings": settings(rows, primary(columns)), "order": order(result)}
+    compared = {**result, "rows": [row for row in rows if not row["other_inputs"]]}
+    return {
+        **result,
+        "settings": settings(compared["rows"], primary(columns)),
+        "order": order(compared),
+    }
+
+
+def distinct(values: Iterable[Record]) -> list[Record]:
+    """Each value once; the empty one first, the others as they come."""
+    found: list[Record] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return sorted(found, key=bool)
 
 
 def mean_of(row: Mapping[str, Any], column: str) -> float | None:
@@ -198,9 +237,14 @@ def build(
     budget: str,
     records: Sequence[Record],
     *,
+    title: str | None = None,
     speeds: Mapping[str, float] | None = None,
 ) -> Record:
-    """The report of one model and budget as JSON values."""
+    """The report of one model and budget as JSON values.
+
+    Args:
+        title: what the model is called, where its name is not enough.
+    """
     shape = next((r["shape"] for r in records if r.get("shape")), None)
     stages = {
         s["hash"]: s | {"command": portable(s["command"])} for r in records for s in r["stages"]
@@ -212,12 +256,14 @@ def build(
         if table.assumptions:
             entry["costs"] = costs(table, speeds)
         tables.append(entry)
+    _note_figure1(tables)
     versions = {name: value for s in stages.values() for name, value in s["versions"].items()}
     stand_ins: dict[str, str] = {}
     for record in records:
         stand_ins |= record.get("stand_ins", {})
     return {
         "model": model,
+        "title": title or model,
         "model_sha256": sorted({r["model_sha256"] for r in records}),
         "budget": budget,
         "stand_ins": stand_ins,
@@ -229,6 +275,27 @@ def build(
         "tables": tables,
         "stages": stages,
     }
+
+
+def _note_figure1(tables: Sequence[Record]) -> None:
+    """Say in Figure 1's notes which tables its picture leaves out."""
+    kept = [table["name"] for table in figure1_tables(tables)]
+    left = [name for name in FIGURE1_TABLES if name not in kept]
+    if left:
+        figure = next(table for table in tables if table["name"] == "figure1")
+        note = f"The picture leaves out {', '.join(left)}: the cells there read other inputs."
+        figure["notes"] = [*figure["notes"], note]
+
+
+def figure1_tables(tables: Iterable[Record]) -> list[Record]:
+    """The tables whose points Figure 1 shows: none that read other inputs than a larger one."""
+    mine = [table for table in tables if table["name"] in FIGURE1_TABLES]
+    kept = agreeing(sorted(mine, key=_cells, reverse=True))
+    return [table for table in mine if table in kept]
+
+
+def _cells(table: Record) -> int:
+    return sum(len(row["seeds"]) for row in table["rows"])
 
 
 def changes(records: Iterable[Record]) -> list[str]:
@@ -281,7 +348,8 @@ def write_report(
     speeds: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Write ``<folder>/<model>-<budget>/{report.md,report.json,commands.txt,*.png}`` for every
-    model and budget that was run (or those asked for); returns the Markdown files.
+    model and budget that was run (or those asked for); returns the Markdown files. Two models of
+    one name have their digests in the folders' names.
 
     Raises:
         DataError: nothing was run. ConfigError: matplotlib is missing.
@@ -289,17 +357,19 @@ def write_report(
     from llmqat.experiments.plots import draw
     from llmqat.experiments.render import commands, render
 
+    found = groups(root)
+    names = titles((name, digest) for name, digest, _ in found)
     chosen = {
-        key: records
-        for key, records in groups(root).items()
-        if model in (None, key[0]) and budget in (None, key[1])
+        (names[name, digest], name, size): records
+        for (name, digest, size), records in found.items()
+        if model in (None, name, names[name, digest]) and budget in (None, size)
     }
     if not chosen:
         raise DataError(f"--model, --budget: {root} has no results of {model} at {budget}")
     written = []
-    for (name, size), records in chosen.items():
-        report = build(name, size, records, speeds=speeds)
-        target = io.make_dir(folder / f"{name}-{size}")
+    for (title, name, size), records in chosen.items():
+        report = build(name, size, records, title=title, speeds=speeds)
+        target = io.make_dir(folder / f"{title}-{size}")
         pictures = draw(report, target)
         io.write_json(target / "report.json", report)
         io.write_text(target / "commands.txt", commands(report))

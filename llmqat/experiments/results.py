@@ -1,7 +1,8 @@
 """What a cell came out as: one small JSON file each, which the report reads.
 
 ``cells/<model>/<budget>/<table>/<row>@<kv mode>#<seed>.json``; a later run of the same cell
-replaces it, so that a failed one turns green.
+replaces it, so that a failed one turns green. A second model of the same name has a folder of its
+own, ``cells/<model>-<digest>``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,18 @@ class CellLog:
 
     def path(self, cell: Cell) -> Path:
         """The file of a cell."""
-        folder = self.root / "cells" / self.model / self.budget / cell.table.name
-        return folder / f"{cell.name.partition('/')[2]}.json"
+        place = Path(self.budget) / cell.table.name / f"{cell.name.partition('/')[2]}.json"
+        cells = self.root / "cells"
+        own = cells / f"{self.model}-{short(self.digest)}" / place
+        named = cells / self.model / place
+        return own if own.is_file() or self._is_of_another_model(named) else named
+
+    def _is_of_another_model(self, path: Path) -> bool:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return bool(record["model_sha256"] != self.digest)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
 
     def write(
         self,
@@ -92,6 +103,8 @@ class CellLog:
             "model": self.model,
             "model_sha256": self.digest,
             "budget": self.budget,
+            "inputs": cell.inputs,
+            "processes": _processes(stages, store),
             "status": FAILED if reason else DONE,
             "error": reason or None,
             "values": values,
@@ -105,6 +118,17 @@ class CellLog:
         io.make_dir(path.parent)
         io.write_json(path, record)
         return reason
+
+
+def short(digest: str) -> str:
+    """A digest as people compare it."""
+    return digest[:8]
+
+
+def _processes(stages: Iterable[Stage], store: Store) -> int:
+    """How many processes trained; 1 where nothing was trained."""
+    results = [store.record(stage)["result"] for stage in stages if stage.command == "train"]
+    return max((result.get("processes", 1) for result in results), default=1)
 
 
 def _stage_record(stage: Stage, store: Store) -> dict[str, Any]:

@@ -102,6 +102,12 @@ def error_line(stderr: str, status: int) -> str:
     return last or f"ended with status {status} and no message"
 
 
+def described(error: Exception) -> str:
+    """The class and the first line of an exception that nobody expected."""
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 class Runner:
     """Runs cells into a folder.
 
@@ -110,7 +116,8 @@ class Runner:
         cells: what to run.
         in_process: run stages in this process.
         restart: begin half-done stages anew instead of going on.
-        show_progress: draw a bar on stderr, where that is a terminal.
+        show_progress: draw a bar on stderr, where that is a terminal; elsewhere a line per finished
+            stage, or per finished cell where stages run in this process.
     """
 
     def __init__(
@@ -133,10 +140,14 @@ class Runner:
         self._todo = self._missing_stages()
         self._restarted: set[str] = set()
         self._executed = 0
+        self._settled = 0
         self._bar = tqdm(
             total=len(self._todo), unit="stage", disable=None if show_progress else True,
             bar_format="{n_fmt}/{total_fmt} stages |{bar:20}| {elapsed}, {postfix}",
         )  # fmt: skip
+        # Stages in other processes are minutes: each has its line. Those here are seconds, and
+        # without a terminal there is no bar either.
+        self._shows_cells = in_process and show_progress and bool(self._bar.disable)
 
     def _missing_stages(self) -> dict[str, Stage]:
         """Stages that must still run, by hash; times of the others feed the estimate."""
@@ -155,6 +166,8 @@ class Runner:
 
         for cell in self.cells:
             for stage in cell.columns.values():
+                for damaged in self.store.damaged(stage):
+                    visit(damaged, output=False)
                 visit(stage, output=False)
         return todo
 
@@ -203,15 +216,25 @@ class Runner:
         errors: dict[str, str] = {}
         for column, stage in cell.columns.items():
             try:
+                for damaged in self.store.damaged(stage):
+                    self._require(damaged)
                 results[column] = self._require(stage)["result"]
             except Busy:
                 return False
             except StageFailed as error:
                 errors[column] = str(error)
-        problems = self.log.write(cell, self.store, results, errors)
+        try:
+            problems = self.log.write(cell, self.store, results, errors)
+        except Exception as error:  # such as a full disk; the other cells may still have room
+            problems = f"its record: {described(error)}"
+        self._settled += 1
         if problems:
             summary.failed[cell.name] = problems
             tqdm.write(f"FAILED {cell.name}: {problems}", file=sys.stderr)
+        if self._shows_cells:
+            count = f"[{self._settled}/{len(self.cells)}]"
+            state = "failed" if problems else "done"
+            tqdm.write(f"{count} {cell.name} {state}; {self._left()}", file=sys.stderr)
         return True
 
     def _require(self, stage: Stage, output: bool = False) -> dict[str, Any]:
@@ -221,7 +244,8 @@ class Runner:
             output: its folder must be there too, not only its result.
 
         Raises:
-            Busy: another process runs it. StageFailed: it, or one that it needs, fails.
+            Busy: another process runs it. StageFailed: it, or one that it needs, fails, for
+            whatever reason.
         """
         if self._is_ready(stage, output):
             self._todo.pop(stage.hash, None)
@@ -232,10 +256,19 @@ class Runner:
             for needed in stage.needs:
                 self._require(needed, output=True)
             return self._run_stage(stage, output)
-        except StageFailed as error:
-            self._failed[stage.hash] = str(error)
-            self._drop(stage)
+        except Busy:
             raise
+        except StageFailed as error:
+            self._give_up(stage, error)
+            raise
+        except Exception as error:
+            failure = StageFailed(f"{stage.name}: {described(error)}")
+            self._give_up(stage, failure)
+            raise failure from error
+
+    def _give_up(self, stage: Stage, why: StageFailed) -> None:
+        self._failed[stage.hash] = str(why)
+        self._drop(stage)
 
     def _is_ready(self, stage: Stage, output: bool) -> bool:
         return self.store.is_done(stage) and not (output and self._is_needed_again(stage))
@@ -254,6 +287,10 @@ class Runner:
             return self.store.record(stage)
 
     def _execute(self, stage: Stage, folder: Path, lock: io.Lock) -> None:
+        if self.store.is_damaged(stage):
+            text = f"{folder / RESULT} is damaged; {stage.name} runs again"
+            tqdm.write(text, file=sys.stderr)
+            io.remove(folder / RESULT)
         if self.restart and self.store.is_begun(stage) and stage.hash not in self._restarted:
             for path in (folder / OUTPUT, folder / f".{OUTPUT}.quantize"):
                 shutil.rmtree(path, ignore_errors=not path.exists())

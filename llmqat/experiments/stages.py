@@ -137,26 +137,43 @@ class Store:
         return self.path(stage) / OUTPUT
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether its result is written."""
-        return (self.path(stage) / RESULT).is_file()
+        """Whether its result is written, and readable."""
+        return self._read(stage) is not None
+
+    def is_damaged(self, stage: Stage) -> bool:
+        """Whether its result is written and cannot be read: it counts as not done."""
+        return (self.path(stage) / RESULT).exists() and not self.is_done(stage)
+
+    def damaged(self, stage: Stage) -> list[Stage]:
+        """Which of it and all it needs are damaged: without their records a cell whose values are
+        there could not say how they were made.
+        """
+        return [each for each in in_order([stage]) if self.is_damaged(each)]
 
     def is_begun(self, stage: Stage) -> bool:
         """Whether a run began it and did not end it."""
-        return (self.path(stage) / COMMAND).is_file() and not self.is_done(stage)
+        folder = self.path(stage)
+        return (folder / COMMAND).is_file() and not (folder / RESULT).exists()
 
     def record(self, stage: Stage) -> dict[str, Any]:
         """``{"command", "seconds", "result", ...}`` of a finished stage.
 
         Raises:
-            DataError: it is damaged.
+            DataError: it is not done, or damaged.
         """
-        path = self.path(stage) / RESULT
+        record = self._read(stage)
+        if record is None:
+            raise DataError(f"{self.path(stage) / RESULT} is missing or damaged; run again")
+        return record
+
+    def _read(self, stage: Stage) -> dict[str, Any] | None:
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            record["result"], record["seconds"], record["command"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged; delete its folder and run again") from error
-        return dict(record)
+            text = (self.path(stage) / RESULT).read_text(encoding="utf-8")
+            record = dict(json.loads(text))
+            float(record["seconds"]), record["result"], record["command"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record
 
     def argv(self, stage: Stage) -> list[str]:
         """The words after ``llmqat``."""

@@ -24,7 +24,9 @@ SCHEDULERS = (
     "inverse_sqrt",
 )
 """The schedules of transformers that need no further settings."""
-_RUN_FIELDS = ("output", "resume", "save_limit", "threads")
+_RUN_FIELDS = (
+    "output", "resume", "threads", "save_limit", "save_steps", "log_steps", "health_steps",
+)  # fmt: skip
 """Options that may change between a run and its resumption; all others decide its result."""
 
 

@@ -55,9 +55,36 @@ T = TypeVar("T")
 def join(device: torch.device) -> None:
     """Meet the other processes of `accelerate launch` or `torchrun`; nothing where there are
     none.
+
+    Raises:
+        ConfigError: a launcher was asked for several processes or for shards, and started one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        PartialState(cpu=device.type == "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_initialized():
+            PartialState(cpu=device.type == "cpu")
+    elif _asks_for_shards():
+        raise ConfigError(
+            "accelerate launch: FSDP with one process has nothing to share; start at least two"
+            " (--num_processes 2), or run llmqat without the launcher"
+        )
+    elif _lost_processes():
+        raise ConfigError(
+            "accelerate launch: was asked for several processes and started one, as it does with"
+            " --cpu; use configs/fsdp2.yaml without --cpu (llmqat's own --device decides), or"
+            " torchrun --nproc_per_node 2"
+        )
+
+
+def _asks_for_shards() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _lost_processes() -> bool:
+    """Whether accelerate's launcher for one process (it alone says whether the CPU is used) was
+    given more: it then names a place to meet (and leaves FSDP out) but starts nobody to meet.
+    """
+    one = "ACCELERATE_USE_CPU" in os.environ and "WORLD_SIZE" not in os.environ
+    return one and "MASTER_ADDR" in os.environ
 
 
 def processes() -> int:
@@ -130,8 +157,7 @@ def reserve(model: nn.Module) -> None:
 def allow_cpu() -> None:
     """Let processes on CPUs have FSDP: accelerate reads its FSDP settings on GPUs only."""
     state = PartialState()
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and state.distributed_type == DistributedType.MULTI_CPU:
+    if _asks_for_shards() and state.distributed_type == DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU
 
 

@@ -287,13 +287,16 @@ class QATTrainer(Trainer):
 
 
 class _Schedule(TrainerCallback):
-    """Ties logging, health and saving to the same steps."""
+    """Ties logging, health and saving to the same steps: this run's, where a checkpoint was written
+    with others.
+    """
 
     def __init__(self, trainer: QATTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
+        state.compute_steps(args, state.max_steps)
         if trainer.health_steps:
             trainer.health.reset()
         if state.is_world_process_zero:

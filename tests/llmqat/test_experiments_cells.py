@@ -23,6 +23,11 @@ INPUTS = Inputs(
     train_texts={n: Source(Path(f"/t/{n}"), n) for n in ("wikitext2", "wikitext103", "c4")},
 )
 LAPTOP = find_budget("laptop")
+HASHES = {
+    "16-16-16-full": "699e1bfea537ab5e",
+    "4-8-16-llm-qat": "bd7fce30570613a3",
+    "table8": "d1a385d8a36c66fa",
+}
 
 
 def row(table, key):
@@ -77,6 +82,33 @@ def test_hashes_cover_what_is_read_and_not_where_it_lies():
     assert cell("table2", "4-8-16-llm-qat", seed=1).hash != first.hash
     launched = replace(INPUTS, launch=("accelerate", "launch"))
     assert cell("table2", "4-8-16-llm-qat", inputs=launched).hash != first.hash
+
+
+def test_stages_of_earlier_runs_are_found_again():
+    """Their hashes name folders on the disk: a change makes everything run again."""
+    hashes = {key: cell("table2", key).hash for key in ("16-16-16-full", "4-8-16-llm-qat")}
+    hashes["table8"] = cell("table8", "4-4-16-llm-qat-4ch-token").hash
+    assert hashes == HASHES
+
+
+def test_a_cell_says_what_it_reads():
+    def inputs(key, table="table2", **options):
+        return next(
+            c.inputs for c in expand([load_tables()[table]], LAPTOP, given, **options)
+            if c.row.key == key
+        )  # fmt: skip
+
+    given = replace(INPUTS, generator=Source(Path("/g"), "g0"))
+    texts = {"text c4": "c0", "text wikitext2": "w0"}
+    assert inputs("16-16-16-full") == texts
+    assert inputs("4-8-16-rtn") == texts
+    assert inputs("4-16-16-gptq") == {**texts, "generator": "g0"}
+    assert inputs("4-8-16-llm-qat") == {**texts, "generator": "g0"}
+    assert inputs("c4", "table3") == {**texts, "train text c4": "c4"}
+    given = replace(given, texts={}, tasks_dir=Source(Path("/tasks"), "t0"))
+    full = find_budget("full")
+    cells = expand([load_tables()["table1"]], full, given, only="4-8-16-rtn")
+    assert [c.inputs for c in cells] == [{"tasks": "t0"}]
 
 
 def test_every_command_parses_at_every_budget(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from llmqat.cli import main
 from llmqat.experiments.results import read_cells
+from tests.llmqat.processes import FSDP2
 from tests.llmqat.tiny import tiny_llama
 from tests.llmqat.tiny_tokenizer import save_tokenizer
 
@@ -109,13 +110,33 @@ def test_every_table_and_figure_at_smoke_budget(tmp_path, words):
     seconds = time.process_time() - started
     records = list(read_cells(tmp_path))
     assert {record["cell"]: record["error"] for record in records if record["error"]} == {}
-    assert status == 0 and len(records) == 177
+    assert status == 0 and len(records) == 176
     assert seconds < 300
     assert main(["experiments", "report", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report" / "tiny-smoke" / "report.json").read_text())
     assert all(row["status"] == "done" for table in report["tables"] for row in table["rows"])
     pictures = list((tmp_path / "report" / "tiny-smoke").glob("*.png"))
     assert len(pictures) == len(report["tables"]) == 11
+
+
+@pytest.mark.slow
+def test_a_cell_trains_in_two_processes(tmp_path, words):
+    """What docs/distributed.md says, typed as it says: accelerate, FSDP2 and gloo on a CPU."""
+    launcher = f"{sys.executable} -m accelerate.commands.launch --num_processes 2"
+    command = [
+        "experiments", "run", "table2", *words, "--output", str(tmp_path), "--only",
+        "4-8-4-llm-qat@serving", "--set", "train.steps=2", "train.batch_size=1",
+        "--launch", f"{launcher} --config_file {FSDP2}",
+    ]  # fmt: skip
+    assert main(command) == 0
+    (record,) = read_cells(tmp_path)
+    assert (record["status"], record["processes"]) == ("done", 2)
+    (folder,) = (tmp_path / "stages").glob("*-train-4-8-4")
+    ran = json.loads((folder / "output" / "llmqat_run.json").read_text())
+    assert (ran["steps"], ran["processes"], ran["status"]) == (2, 2, "complete")
+    assert main(["experiments", "report", "--output", str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "tiny-smoke" / "report.md").read_text()
+    assert "| LLM-QAT (2 processes) | 4-8-4 serving |" in text
 
 
 @pytest.mark.slow

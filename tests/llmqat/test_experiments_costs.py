@@ -36,8 +36,23 @@ def test_measured_speeds_are_their_own_lines():
     lines = cost_lines(ASSUMPTIONS, {"16-16-16": 20.0, "4-8-8": 110.0})
     assert [line.label for line in lines][-1] == "LLM-QAT, measured"
     assert lines[-1].days_per_inference == pytest.approx(lines[0].days_per_inference / 5.5)
-    with pytest.raises(ConfigError, match="4-8-8=0"):
-        cost_lines(ASSUMPTIONS, {"4-8-8": 0.0})
+    assert len(cost_lines(ASSUMPTIONS, {"16-16-16": 20.0, "4-8-8": 110.0, "8-8-8": 60.0})) == 5
+
+
+@pytest.mark.parametrize(
+    ("speeds", "message"),
+    [
+        ({"4-8-8": 0.0}, "4-8-8=0.0 is not a positive number"),
+        ({"4-8-8": float("nan")}, "4-8-8=nan is not a positive number"),
+        ({"16-16-16": float("inf"), "4-8-8": 1.0}, "16-16-16=inf is not a positive number"),
+        ({"4-8-8": 110.0}, "16-16-16 is missing"),
+        ({"9-9-9": 110.0, "16-16-16": 3.0}, "no line of '9-9-9'; use 16-16-16, 8-8-8, 4-8-8"),
+        ({"16-16-16": 3.0}, "16-16-16 alone compares nothing; add 8-8-8 or 4-8-8"),
+    ],
+)
+def test_speeds_without_a_line(speeds, message):
+    with pytest.raises(ConfigError, match=message):
+        cost_lines(ASSUMPTIONS, speeds)
 
 
 def test_costs_of_a_row(tmp_path):

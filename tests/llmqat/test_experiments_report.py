@@ -6,9 +6,11 @@ import math
 import pytest
 
 from llmqat import io
+from llmqat.cli import main
 from llmqat.commands.experiments import ReportArguments, run_report
-from llmqat.errors import DataError
+from llmqat.errors import ConfigError, DataError
 from llmqat.experiments import plots
+from llmqat.experiments.render import render
 from llmqat.experiments.report import build, groups, portable, summarize
 from llmqat.experiments.results import DONE, FAILED, value_of
 
@@ -73,6 +75,97 @@ def test_rows_settings_and_order(records):
     order = {entry["model"]: entry for entry in grid["order"]}
     assert order["LLaMA-7B"]["pairs"] <= 21 and order["LLaMA-7B"]["same"] > 10
     assert rows["4-8-16-rtn"]["cost"]["ops"] * 2 == rows["8-8-16-rtn"]["cost"]["ops"]
+
+
+TEXT, OTHER, WRITER = "aaaaaaaa11", "bbbbbbbb22", "cccccccc33"
+
+
+def read(text, **more):
+    return {"inputs": {"text wikitext2": text, **more}}
+
+
+def test_cells_of_other_inputs_are_named_and_not_compared(records):
+    """A text that changed between two runs: no row stands beside another as if it had not."""
+    before = table(build("m", "laptop", records), "table2")
+    assert before["inputs"] == {} and before["inputs_by_cells"] == {}
+    assert "Read beside the model" not in render(build("m", "laptop", records), {})
+    for each in records:
+        each |= read(TEXT, generator=WRITER)
+    changed = next(r for r in records if r["row"] == "4-8-16-smoothquant")
+    changed |= read(OTHER)
+    second = next(r for r in records if r["row"] == "4-8-16-llm-qat" and r["seed"] == 1)
+    second |= read(OTHER, generator=WRITER)
+    report = build("m", "laptop", records)
+    grid = table(report, "table2")
+    assert grid["inputs"] == {"generator": WRITER, "text wikitext2": TEXT}
+    assert grid["inputs_by_cells"]["text wikitext2"] == {TEXT: 7, OTHER: 2}
+    qat = [row for row in grid["rows"] if row["key"] == "4-8-16-llm-qat"]
+    assert [(row["other_inputs"], row["values"][COLUMN]["mean"]) for row in qat] == [
+        ({}, 24.0), ({"text wikitext2": OTHER}, 26.0),
+    ]  # fmt: skip
+    first = grid["settings"][0]
+    assert (first["qat"], first["best_ptq_method"]) == (24.0, "RTN")
+    assert len(plots._scored(grid, COLUMN)) == 6
+    text = render(report, {})
+    assert "| LLM-QAT (text wikitext2 bbbbbbbb) | 4-8-16 | 26.00 |" in text
+    assert "different inputs** (text wikitext2 aaaaaaaa in 7, bbbbbbbb in 2 cells)" in text
+    assert text.count("different inputs**") == 1  # table 8's one cell agrees with itself
+
+
+def test_older_records_say_nothing(records):
+    records[0] |= read(TEXT)
+    grid = table(build("m", "laptop", records), "table2")
+    assert all(row["other_inputs"] == {} for row in grid["rows"])
+    assert "text wikitext2 aaaaaaaa; 8 older cells do not say." in render(
+        build("m", "laptop", records), {}
+    )
+
+
+def test_figure1_shows_tables_of_the_same_inputs(records):
+    for each in records:
+        each |= read(TEXT)
+    other = record("table1", "8-8-16-rtn", 20.9) | read(OTHER)
+    report = build("m", "laptop", [*records, other])
+    assert {row["key"] for row, _ in plots._points(report)[1]} == set(PPL)
+    notes = table(report, "figure1")["notes"]
+    assert notes[-1] == "The picture leaves out table1: the cells there read other inputs."
+
+
+def test_several_processes_are_shown(records):
+    for each in records:
+        if each["row"] == "4-8-16-llm-qat":
+            each["processes"] = 2
+    text = render(build("m", "laptop", records), {})
+    assert "| LLM-QAT (2 processes) | 4-8-16 |" in text and text.count("processes)") == 1
+
+
+def test_two_models_of_one_name_have_two_reports(tmp_path, root, records, capsys):
+    run_report(ReportArguments(output=str(root)))
+    assert (
+        "on m, budget laptop\n\nModel m, SHA-256 d; "
+        in (root / "report" / "m-laptop" / "report.md").read_text()
+    )
+    folder = io.make_dir(root / "cells" / "m-eeeeeeee" / "laptop" / "table2")
+    other = record("table2", "8-8-16-rtn", 99.0) | {"model_sha256": "eeeeeeee44"}
+    io.write_json(folder / "0.json", other)
+    run_report(ReportArguments(output=str(root)))
+    first, second = (
+        (root / "report" / f"m-{digest}-laptop" / "report.md").read_text()
+        for digest in ("d", "eeeeeeee")
+    )
+    assert "on m-d, budget laptop" in first and "99.00" not in first
+    assert "on m-eeeeeeee, budget laptop" in second and "99.00" in second
+    assert "1 cells done, 0 failed" in second
+    capsys.readouterr()
+    main(["experiments", "list", "--output", str(root)])
+    assert "m-d laptop: 8 done, m-eeeeeeee laptop: 1 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("speed", [["4-8-8=110"], ["9-9-9=110", "16-16-16=3"], ["16-16-16=3"]])
+def test_speeds_that_figure4_has_no_use_for(root, speed):
+    with pytest.raises(ConfigError, match="--speed: "):
+        run_report(ReportArguments(output=str(root), speed=speed))
+    assert not (root / "report" / "m-laptop" / "report.md").exists()
 
 
 def test_infinite_perplexity_is_kept_apart(records):

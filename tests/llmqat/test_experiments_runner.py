@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,118 @@ def test_a_failing_cell_does_not_lose_the_others_and_turns_green(tmp_path, comma
     monkeypatch.setattr("llmqat.cli.main", main)
     assert run(tmp_path, [bad, good]).failed == {}
     assert [r["status"] for r in read_cells(tmp_path)] == [DONE, DONE]
+
+
+def test_a_damaged_record_is_not_done(tmp_path, commands, capsys):
+    cells = [cell(Stage(name, "eval", (("bits", name),)), i) for i, name in enumerate("ab")]
+    run(tmp_path, cells)
+    store = Store(tmp_path)
+    path = store.path(cells[0].columns[COLUMN]) / RESULT
+    for damage in ("{", "[]", '{"seconds": 1}', '{"seconds": "x", "result": 1, "command": 1}'):
+        path.write_text(damage)
+        capsys.readouterr()
+        (broken,) = cells[0].stages
+        assert store.is_damaged(broken) and not store.is_done(broken)
+        assert not store.is_begun(broken)  # it was never half done: nobody has to decide anything
+        summary = run(tmp_path, cells)
+        assert (summary.failed, summary.stages) == ({}, 1)
+        assert capsys.readouterr().err.splitlines() == [f"{path} is damaged; a runs again"]
+        assert store.record(broken)["result"] == {"perplexity": 12.5}
+
+
+def test_a_damaged_record_behind_a_result_is_made_again(tmp_path, commands):
+    """A cell's record names all its stages."""
+    made = Stage("smooth", "quantize", ())
+    cells = [cell(Stage("a", "eval", (("model", made),), writes=False))]
+    run(tmp_path, cells)
+    (Store(tmp_path).path(made) / RESULT).write_text("{")
+    assert run(tmp_path, cells).stages == 1
+    assert commands == ["quantize", "eval", "quantize"]
+    (record,) = read_cells(tmp_path)
+    assert [stage["name"] for stage in record["stages"]] == ["smooth", "a"]
+
+
+def test_an_unexpected_exception_is_a_failed_cell(tmp_path, commands, monkeypatch):
+    """Whatever breaks in one cell, in its stage or when it is recorded."""
+    names = ("stage", "record", "good", "launch")
+    cells = [
+        Cell(TABLE, TABLE.rows[i], None, 0, {COLUMN: Stage(name, "eval", (("bits", name),))})
+        for i, name in enumerate(names)
+    ]
+    absent = Stage("launch", "train", (), launch=("no-such-launcher",))
+    cells[3] = cell(Stage("launch", "eval", (("model", absent),)), 3)
+    execute, write = Runner._execute, CellLog.write
+
+    def fail_stage(runner, stage, *rest):
+        if stage.name == "stage":
+            raise RuntimeError("first line\nsecond")
+        execute(runner, stage, *rest)
+
+    def fail_record(log, each, *rest):
+        if each is cells[1]:
+            raise OSError("disk is full")
+        return write(log, each, *rest)
+
+    monkeypatch.setattr(Runner, "_execute", fail_stage)
+    monkeypatch.setattr(CellLog, "write", fail_record)
+    failed = run(tmp_path, cells).failed
+    assert failed[cells[0].name] == "stage: RuntimeError: first line"
+    assert failed[cells[1].name] == "its record: OSError: disk is full"
+    assert failed[cells[3].name].startswith("launch: FileNotFoundError: ")
+    assert len(failed) == 3
+    status = {record["row"]: record["status"] for record in read_cells(tmp_path)}
+    keys = [each.row.key for each in cells]
+    assert status == {keys[0]: FAILED, keys[2]: DONE, keys[3]: FAILED}
+
+
+def test_an_interruption_ends_the_run(tmp_path, monkeypatch):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmqat.cli.main", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [cell(INFO)])
+    assert list(read_cells(tmp_path)) == []
+
+
+def test_without_a_terminal_every_cell_has_a_line(tmp_path, commands, capsys):
+    cells = [cell(Stage(str(i), "eval", (("bits", str(i)),)), i) for i in range(2)]
+    cells.append(cell(Stage("t", "train", ()), 2))
+    Runner(tmp_path, cells, log(tmp_path), in_process=True).run()
+    lines = capsys.readouterr().err.splitlines()
+    first = (
+        rf"\[1/3\] {re.escape(cells[0].name)} done; about \d+ s left and 1 stages of unknown length"
+    )
+    assert re.fullmatch(first, lines[0])
+    assert lines[2].startswith(f"FAILED {cells[2].name}: ")
+    assert lines[3] == f"[3/3] {cells[2].name} failed; nothing left"
+
+
+def test_two_models_of_one_name_keep_their_records(tmp_path, commands):
+    """Also where a second run of the first one follows."""
+    done = cell(Stage("a", "eval", ()))
+    for digest in ("d0", "d1", "d0", "d1"):
+        logged = CellLog(tmp_path, "m", digest, "smoke", {})
+        assert Runner(tmp_path, [done], logged, in_process=True, show_progress=False).run()
+    records = list(read_cells(tmp_path))
+    assert [(r["model"], r["model_sha256"]) for r in records] == [("m", "d0"), ("m", "d1")]
+    io.remove(tmp_path / "cells" / "m" / "smoke" / "table2" / f"{done.name.partition('/')[2]}.json")
+    logged = CellLog(tmp_path, "m", "d1", "smoke", {})
+    Runner(tmp_path, [done], logged, in_process=True, show_progress=False).run()
+    assert [r["model_sha256"] for r in read_cells(tmp_path)] == ["d1"]
+
+
+def test_the_number_of_processes_is_recorded(tmp_path, commands, monkeypatch):
+    def main(argv):
+        print(json.dumps({"perplexity": 3.0, "processes": 2}))
+        return 0
+
+    monkeypatch.setattr("llmqat.cli.main", main)
+    trained = Stage("t", "train", (), writes=False)
+    run(tmp_path, [cell(Stage("a", "eval", (("model", trained),))), cell(INFO, 1)])
+    assert {r["row"]: r["processes"] for r in read_cells(tmp_path)} == {
+        TABLE.rows[0].key: 2, TABLE.rows[1].key: 1,
+    }  # fmt: skip
 
 
 def test_a_stage_that_two_cells_need_fails_once(tmp_path, commands):

@@ -226,6 +226,40 @@ def test_forgotten_codes_are_those_of_the_present_weight():
     assert torch.equal(linear.weight_codes()[0], -kept)
 
 
+LAUNCHED = {
+    "FSDP with one process": {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "1"},
+    "several processes and started one": {
+        "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    },
+}  # fmt: skip
+"""What accelerate 1.15 tells its process: with `--num_processes 1`; and with `--cpu`, where it
+leaves FSDP out.
+"""
+
+
+@pytest.mark.parametrize("message", LAUNCHED)
+def test_a_launcher_that_starts_one_process_is_refused(
+    folders, tmp_path, monkeypatch, capsys, message
+):
+    """It would train quietly on other batches than were asked for."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in LAUNCHED[message].items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(_argv(folders, tmp_path / "out", 1)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launcher_of_one_process_may_be_used(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    sharding.join(torch.device("cpu"))
+    assert sharding.processes() == 1
+
+
 def test_one_process_needs_nothing(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     sharding.join(torch.device("cpu"))

@@ -273,6 +273,31 @@ def test_resume_with_other_options(trained, model, data, capsys, change, message
     assert message in capsys.readouterr().err
 
 
+def test_resume_with_other_steps_between_checkpoints(trained, model, data, tmp_path, monkeypatch):
+    """Stopped after step 3: the rest is saved, logged and watched at other steps; same numbers."""
+    output, step = tmp_path / "qat", llmqat.train.run.QATTrainer.training_step
+
+    def stop(trainer, *rest, **options):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *rest, **options)
+
+    monkeypatch.setattr(llmqat.train.run.QATTrainer, "training_step", stop)
+    assert cli.main(_argv(model, data, output)) == 130
+    monkeypatch.undo()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    changed = ["--resume", "--save-steps", "5", "--log-steps", "3", "--health-steps", "0"]
+    assert cli.main(_argv(model, data, output, *changed)) == 0
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-5", "checkpoint-6",
+    ]  # fmt: skip
+    entries = read_metrics(output / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 5, 6]
+    assert "health/flipped" in entries[1] and "health/flipped" not in entries[3]
+    for name in ("model.safetensors", "checkpoint-6/optimizer.pt"):
+        assert (output / name).read_bytes() == (trained / name).read_bytes(), name
+
+
 def test_damaged_or_missing_record(model, data, tmp_path, capsys):
     (tmp_path / "llmqat_run.json").write_text("{")
     assert cli.main(_argv(model, data, tmp_path, "--resume")) == 1
