@@ -115,7 +115,6 @@ class Weights:
         self.pools["humming W4A16"] = Pool(
             partial(optional.humming_layer, self.dense, 4, "bfloat16")
         )
-        self.pools["packed"] = Pool(self.packed.clone)
         self.pools["grouped"] = Pool(self._grouped)
 
     def _tinygemm(self) -> Callable[[Tensor], Tensor]:
@@ -192,7 +191,7 @@ def ours(weights: Weights, inputs: Inputs, backend: str) -> dict[str, Candidate]
                 gate=same_as(expected, edge),
             )
     found[f"{backend} W4A4 groups"] = _groups(weights, inputs, on)
-    found[f"{backend} W4A16"] = _float_activations(weights, inputs, on)
+    found[f"{backend} W4A16"] = _float_activations(weights, inputs, on, backend)
     if layer.name == "gate_up":
         found[f"{backend} W4A8 SwiGLU"] = _swiglu(weights, inputs, on, backend)
     return found
@@ -224,13 +223,15 @@ def _groups(weights: Weights, inputs: Inputs, on: Callable[..., Any]) -> Candida
     )
 
 
-def _float_activations(weights: Weights, inputs: Inputs, on: Callable[..., Any]) -> Candidate:
+def _float_activations(
+    weights: Weights, inputs: Inputs, on: Callable[..., Any], backend: str
+) -> Candidate:
     layer, edge = weights.layer, inputs.edge
 
     def make(count: int) -> list[Call]:
         return [
-            partial(qk.quantized_linear, inputs.x, w, weights.scale, w_bits=4, a_bits=16)
-            for w in weights.pools["packed"].take(count)
+            partial(qk.repacked_linear, inputs.x, layout, weights.scale, n=layer.n, w_bits=4)
+            for layout in weights.pools[f"{backend} W4"].take(count)
         ]
 
     def gate(call: Call) -> None:

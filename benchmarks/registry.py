@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.entries import attention, heads, linears, producers, rows
+from benchmarks.entries import attention, heads, linears, producers, repacked_linear, rows
 from benchmarks.entry import Cost, Entry, Job, Shape
 from llmqat_kernels.errors import InvalidArgument
 
 ENTRIES: tuple[Entry, ...] = (
     *rows.ENTRIES,
     *linears.ENTRIES,
+    *repacked_linear.ENTRIES,
     *producers.ENTRIES,
     *attention.ENTRIES,
     *heads.ENTRIES,

@@ -33,7 +33,12 @@ BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 _requested = "auto"
 
 
-LAYOUT_READERS = ("repacked_matmul", "repacked_matmul_silu_mul", "float_matmul")
+LAYOUT_READERS = (
+    "repacked_matmul",
+    "repacked_matmul_silu_mul",
+    "repacked_linear",
+    "float_matmul",
+)
 """Operators on weights of ``repack_weight``: only the backend that wrote the layout reads it."""
 
 

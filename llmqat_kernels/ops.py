@@ -146,6 +146,18 @@ def _repacked_matmul_silu_mul(
     return a.new_empty((*a.shape[:-1], n // 2), dtype=dtype)
 
 
+def _repacked_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
 def _float_matmul(x: Tensor, w: Tensor, bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
@@ -248,6 +260,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
     "repacked_matmul_silu_mul": _repacked_matmul_silu_mul,
+    "repacked_linear": _repacked_linear,
     "float_matmul": _float_matmul,
     "rms_norm": _like_first,
     "rms_norm_quantize": _rms_norm_quantize,

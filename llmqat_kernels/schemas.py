@@ -56,6 +56,9 @@ SCHEMAS: dict[str, str] = {
         "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size,"
         " ScalarType dtype) -> Tensor"
     ),
+    "repacked_linear": (
+        "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size) -> Tensor"
+    ),
     "float_matmul": "(Tensor x, Tensor w, Tensor? bias, int n) -> Tensor",
     # producers: normalisation and activation fused with quantization
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",

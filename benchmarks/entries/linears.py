@@ -64,7 +64,7 @@ TORCH_INT4_GROUP = 64
 """Group size of torch's own int4 GEMM: the largest it takes that divides K = 576."""
 
 
-def _operands(
+def operands(
     shape: Shape, dtype: torch.dtype, device: torch.device, w_bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight codes int8 [N, K], weight scale."""
@@ -95,7 +95,7 @@ def _torch_int4(x: Tensor, codes: Tensor, scale: Tensor) -> Call | None:
 
 def _quantized_linear(w_bits: int, a_bits: int) -> Callable[..., Job]:
     def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
-        x, codes, scale = _operands(shape, dtype, device, w_bits)
+        x, codes, scale = operands(shape, dtype, device, w_bits)
         dense = eager.dequantize(codes, scale, dtype)
         w = qk.pack_int4(codes) if w_bits == 4 else codes
 
@@ -148,7 +148,7 @@ def _packages(
     return found
 
 
-def _linear_cost(w_bits: int, a_bits: int) -> Callable[[Shape, torch.dtype], Cost]:
+def linear_cost(w_bits: int, a_bits: int) -> Callable[[Shape, torch.dtype], Cost]:
     def cost(shape: Shape, dtype: torch.dtype) -> Cost:
         m, n, k = shape["M"], shape["N"], shape["K"]
         traffic = n * k * w_bits // 8 + 4 * n + (m * k + m * n) * nbytes(dtype)
@@ -158,7 +158,7 @@ def _linear_cost(w_bits: int, a_bits: int) -> Callable[[Shape, torch.dtype], Cos
     return cost
 
 
-def _layout(w: Tensor, w_bits: int) -> Callable[[], Tensor]:
+def layout_of(w: Tensor, w_bits: int) -> Callable[[], Tensor]:
     """The weight in the layout of the backend in use, which differs between backends."""
     made: dict[str, Tensor] = {}
 
@@ -177,7 +177,7 @@ def _product(w_bits: int, repacked: bool) -> Callable[..., Job]:
     """
 
     def build(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
-        x, codes, scale = _operands(shape, dtype, device, w_bits)
+        x, codes, scale = operands(shape, dtype, device, w_bits)
         a, a_scale = qk.quantize(x, 8)
         dense = eager.dequantize(codes, scale, dtype)
         both = a_scale.unsqueeze(-1) * scale
@@ -185,7 +185,7 @@ def _product(w_bits: int, repacked: bool) -> Callable[..., Job]:
         def product(w: Tensor, bits: int) -> Call:
             if not repacked:
                 return lambda: ops.quantized_matmul(a, a_scale, w, scale, None, bits, -1, dtype)
-            layout = _layout(w, bits)
+            layout = layout_of(w, bits)
             return lambda: qk.repacked_matmul(
                 a, a_scale, layout(), scale, n=shape["N"], w_bits=bits, dtype=dtype
             )
@@ -204,7 +204,7 @@ def _product(w_bits: int, repacked: bool) -> Callable[..., Job]:
 def _integer_groups(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
     """4-bit weights whose group scales are integers (spec 18)."""
     size = min(GROUP, shape["K"] // 2)
-    x, w = _operands(shape, dtype, device, 8)[0], _weight(shape, device)
+    x, w = operands(shape, dtype, device, 8)[0], _weight(shape, device)
     codes, multiplier, scale = qk.quantize_integer_groups(w, 4, group_size=size)
     packed = qk.pack_int4(codes)
     a, a_scale = qk.quantize(x, 8)
@@ -244,7 +244,7 @@ def _float_matmul(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job
     """``dtype`` is the weight's; the activations are fp32, as in the engine's head."""
     x = normal(shape["M"], shape["K"], seed=0, dtype=torch.float32, device=device)
     w = normal(shape["N"], shape["K"], seed=1, dtype=dtype, device=device)
-    layout = _layout(w, 16)
+    layout = layout_of(w, 16)
 
     def call() -> Tensor:
         return qk.float_matmul(x, layout(), n=shape["N"])
@@ -345,7 +345,7 @@ ENTRIES = (
         Entry(
             "quantized_linear",
             f"W{w}A{a}",
-            _linear_cost(w, a),
+            linear_cost(w, a),
             _quantized_linear(w, a),
             Grid(SERVED, FLOATS),
             cuda,

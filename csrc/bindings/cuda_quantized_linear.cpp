@@ -1,5 +1,6 @@
-// repack_weight, repacked_matmul(_silu_mul), quantized_matmul and quantized_linear on CUDA tensors.
-// Row-major weights are repacked on the way: for a test or one prefill, not for decoding.
+// repack_weight, repacked_matmul(_silu_mul), repacked_linear, quantized_matmul and quantized_linear
+// on CUDA tensors. Row-major weights are repacked on the way: for a test or one prefill, not for
+// decoding.
 #include <optional>
 #include <tuple>
 
@@ -147,14 +148,16 @@ void check_no_groups(int64_t group_size) {
                   "; use backend 'triton' for groups");
 }
 
-Tensor repacked(const Tensor& a, const Tensor& a_scale, const Tensor& w, const Tensor& w_scale,
-                const std::optional<Tensor>& bias, int64_t n, int64_t w_bits, int64_t group_size,
-                ScalarType dtype, bool silu_mul) {
-  const int64_t k = columns_of(a, "a");
-  check_dtype(a, ScalarType::Char, "a");
-  check_no_groups(group_size);
+void check_float_product(ScalarType dtype, int64_t w_bits) {
+  STD_TORCH_CHECK(w_bits <= kNibbleBits && dtype != ScalarType::Float,
+                  "x: the cuda kernel for float activations takes fp16 or bf16 and weights of 2 to"
+                  " 4 bits, got ",
+                  dtype_name(dtype), " and ", w_bits, " bits; use backend 'triton'");
+}
+
+// A weight [n, k] that repack_weight laid out, on the device of the activations `a`.
+Packed laid_out(const Tensor& w, const Tensor& a, int64_t n, int64_t k, int64_t w_bits) {
   check_bits(w_bits, "w_bits");
-  STD_TORCH_CHECK(n >= 0 && (!silu_mul || n % 2 == 0), "n: gates and ups are as many, got ", n);
   check_device(w, a, "w");
   check_dtype(w, ScalarType::Byte, "w");
   check_dim(w, 1, "w");
@@ -162,8 +165,19 @@ Tensor repacked(const Tensor& a, const Tensor& a_scale, const Tensor& w, const T
   STD_TORCH_CHECK(w.numel() == layout_bytes(nibbles, n, k) + kTagBytes, "w: ", w.numel(),
                   " bytes are no ", w_bits, "-bit weight [", n, ", ", k,
                   "] of repack_weight; lay it out with backend 'cuda'");
+  return {as_contiguous(w), nibbles};
+}
+
+Tensor repacked(const Tensor& a, const Tensor& a_scale, const Tensor& w, const Tensor& w_scale,
+                const std::optional<Tensor>& bias, int64_t n, int64_t w_bits, int64_t group_size,
+                ScalarType dtype, bool silu_mul) {
+  const int64_t k = columns_of(a, "a");
+  check_dtype(a, ScalarType::Char, "a");
+  check_no_groups(group_size);
+  STD_TORCH_CHECK(n >= 0 && (!silu_mul || n % 2 == 0), "n: gates and ups are as many, got ", n);
+  const Packed weight = laid_out(w, a, n, k, w_bits);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  return product(a, a_scale, {as_contiguous(w), nibbles}, w_scale, bias, n, dtype, silu_mul);
+  return product(a, a_scale, weight, w_scale, bias, n, dtype, silu_mul);
 }
 
 Tensor repacked_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
@@ -176,6 +190,19 @@ Tensor repacked_matmul_silu_mul(const Tensor& a, const Tensor& a_scale, const Te
                                 const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t n,
                                 int64_t w_bits, int64_t group_size, ScalarType dtype) {
   return repacked(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype, true);
+}
+
+Tensor repacked_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                       const std::optional<Tensor>& bias, int64_t n, int64_t w_bits,
+                       int64_t group_size) {
+  const int64_t k = columns_of(x, "x");
+  check_float_dtype(x.scalar_type(), "x");
+  check_no_groups(group_size);
+  check_float_product(x.scalar_type(), w_bits);
+  STD_TORCH_CHECK(n >= 0, "n: expected the rows of the weight, got ", n);
+  const Packed weight = laid_out(w, x, n, k, w_bits);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return product(x, std::nullopt, weight, w_scale, bias, n, x.scalar_type());
 }
 
 Tensor quantized_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
@@ -221,10 +248,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
     return product(codes, scale, packed, w_scale, bias, w.size(0), dtype);
   }
   STD_TORCH_CHECK(a_bits == 16 || a_bits == 32, "a_bits: expected 2 to 8, 16 or 32, got ", a_bits);
-  STD_TORCH_CHECK(w_bits <= kNibbleBits && dtype != ScalarType::Float,
-                  "x: the cuda kernel for float activations takes fp16 or bf16 and weights of 2 to"
-                  " 4 bits, got ",
-                  dtype_name(dtype), " and ", w_bits, " bits; use backend 'triton'");
+  check_float_product(dtype, w_bits);
   check_row_major(w, w_bits, k);
   return product(x, std::nullopt, {to_layout(w, k, true, false), true}, w_scale, bias, w.size(0),
                  dtype);
@@ -242,6 +266,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cuda, m) {
       "repacked_matmul_silu_mul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, "
       "int n, int w_bits, int group_size, ScalarType dtype) -> Tensor");
   m.def(
+      "repacked_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits,"
+      " int group_size) -> Tensor");
+  m.def(
       "quantized_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int "
       "w_bits, int group_size, ScalarType dtype) -> Tensor");
   m.def(
@@ -253,6 +280,7 @@ STABLE_TORCH_LIBRARY_IMPL(llmqat_cuda, CUDA, m) {
   m.impl("repack_weight", TORCH_BOX(&llmqat::bindings::repack_weight));
   m.impl("repacked_matmul", TORCH_BOX(&llmqat::bindings::repacked_matmul));
   m.impl("repacked_matmul_silu_mul", TORCH_BOX(&llmqat::bindings::repacked_matmul_silu_mul));
+  m.impl("repacked_linear", TORCH_BOX(&llmqat::bindings::repacked_linear));
   m.impl("quantized_matmul", TORCH_BOX(&llmqat::bindings::quantized_matmul));
   m.impl("quantized_linear", TORCH_BOX(&llmqat::bindings::quantized_linear));
 }

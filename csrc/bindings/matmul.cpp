@@ -1,6 +1,6 @@
 // Bindings of the matrix operators: int_matmul, quantized_matmul, quantized_linear, qat_linear,
-// repack_weight, repacked_matmul, float_matmul. Shapes and meaning: llmqat_kernels/schemas.py;
-// docs/spec.md 7, 8 and 17.
+// repack_weight, repacked_matmul, repacked_linear, float_matmul. Shapes and meaning:
+// llmqat_kernels/schemas.py; docs/spec.md 7, 8 and 17.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -169,8 +169,18 @@ Tensor float_linear(const Tensor& x, const Weight& weight, const Tensor& w_scale
                                   .bias = pointer(b),
                                   .out_type = type,
                                   .y = y.mutable_data_ptr()};
-  cpu::run_parallel(torch_threads(), cpu::FloatMatmul(problem), m, k * cpu::kFloatPanel * 4);
+  // Codes in panels are read as they are; row-major ones are work like the floats they become.
+  const bool panels = weight.layout == Layout::panels4 || weight.layout == Layout::panels8;
+  const int64_t bytes =
+      panels ? cpu::panel_bytes(weight.layout, k) : k * cpu::kPanelChannels * int64_t{4};
+  cpu::run_parallel(torch_threads(), cpu::FloatMatmul(problem), m, bytes);
   return y;
+}
+
+Tensor repacked_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                       const std::optional<Tensor>& bias, int64_t n, int64_t w_bits,
+                       int64_t group_size) {
+  return float_linear(x, repacked(w, w_bits, n, rows_of(x, "x").k), w_scale, bias, group_size);
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
@@ -293,6 +303,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
       "repacked_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, "
       "int w_bits,"
       " int group_size, ScalarType dtype) -> Tensor");
+  m.def(
+      "repacked_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits,"
+      " int group_size) -> Tensor");
   m.def("float_matmul(Tensor x, Tensor w, Tensor? bias, int n) -> Tensor");
 }
 
@@ -303,5 +316,6 @@ STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {
   m.impl("qat_linear", TORCH_BOX(&llmqat::bindings::qat_linear));
   m.impl("repack_weight", TORCH_BOX(&llmqat::bindings::repack_weight));
   m.impl("repacked_matmul", TORCH_BOX(&llmqat::bindings::repacked_matmul));
+  m.impl("repacked_linear", TORCH_BOX(&llmqat::bindings::repacked_linear));
   m.impl("float_matmul", TORCH_BOX(&llmqat::bindings::float_matmul));
 }

@@ -51,7 +51,7 @@ inline Weight repacked(const Tensor& w, int64_t w_bits, int64_t n, int64_t k) {
   STD_TORCH_CHECK(header.n == n, "n: the repacked weight has ", header.n, " rows, got ", n);
   // Nibbles do not tell an odd K: repack_weight saw one column more, whose code is 0.
   STD_TORCH_CHECK(header.k == k || (header.k == k + 1 && k % 2 != 0 && expected == Layout::panels4),
-                  "w: repacked for K = ", header.k, ", but a has K = ", k);
+                  "w: repacked for K = ", header.k, ", but the activations have K = ", k);
   return {held, expected, n, static_cast<const char*>(held.const_data_ptr()) + cpu::kHeaderBytes};
 }
 

@@ -3,8 +3,9 @@
 // Math:    for every block of 128 k: s = fma(x[m, k], w[n, k], s) over k ascending from 0; the
 //          blocks are added in order, then add(y, bias[n]), one cast.
 // Shapes:  x [M, K] fp32; w panels [N / 16][K][16] in fp32 or bf16 (widened by a shift, exact), or
-//          row-major codes with scales, dequantized to panels on the way (the A16 form of spec 7);
-//          y [M, N]. Work unit: one panel of 16 channels for a range of rows.
+//          codes with scales (the A16 form of spec 7, repacked_linear.h), in panels or row-major:
+//          then a group of panels is packed into a scratch first; y [M, N]. Work unit: one panel of
+//          16 channels (codes: 32) for a range of rows.
 // Tiling:  R rows x P panels, at most 28 accumulators of 32 registers (14 x 2 for many rows: 28 FMA
 //          on 16 loads); one row takes 8 panels: two FMA a cycle of latency 4 need 8 chains, and 8
 //          memory streams fill the bus. K in slices of 1024 and panels in groups of 512 KiB keep
@@ -16,7 +17,8 @@
 //          (one chain over all k had 3-4 times it). bf16 storage gives the bits of the same
 //          weights in fp32.
 // Edges:   M, N or K = 0; N is padded to whole panels with zeros that are computed and not stored.
-// Tests:   tests/kernels/test_float_matmul_native.py, test_linear_native.py
+// Tests:   tests/kernels/test_float_matmul_native.py, test_linear_native.py,
+//          test_repacked_linear_native.py
 #pragma once
 
 #include <cstdint>
@@ -24,6 +26,7 @@
 #include "isa.h"
 #include "quantized_matmul_tile.h"
 #include "repack.h"
+#include "repacked_linear.h"
 
 namespace llmqat::cpu {
 
@@ -60,8 +63,6 @@ const FloatKernels& float_kernels(Isa isa);
 extern const FloatKernels kFloatKernelsAvx2;
 extern const FloatKernels kFloatKernelsAvx512;
 
-enum class RoundTo { none, bfloat16, float16 };
-
 struct FloatProblem {
   const float* x;
   int64_t m, n, k;
@@ -78,21 +79,25 @@ struct FloatProblem {
 class FloatMatmul {
  public:
   explicit FloatMatmul(const FloatProblem& problem);
-  int64_t panels() const { return ceil_div(p_.n, kFloatPanel); }
-  // Computes y[row_begin:row_end, 16 * panel_begin : 16 * panel_end]. Safe to call from several
-  // threads.
+  int64_t panels() const { return ceil_div(p_.n, panel_channels(p_.layout)); }
+  // Computes the channels of panels [panel_begin, panel_end) of y[row_begin:row_end]. Safe to call
+  // from several threads.
   void run(int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) const;
 
  private:
-  void run_group(const void* panels, int64_t first_panel, int64_t count, int64_t row_begin,
-                 int64_t row_end, const char* ahead, const char* ahead_end) const;
-  void dequantize(int64_t panel, float* out) const;
+  struct Group;
+  void run_group(const Group& group, int64_t row_begin, int64_t row_end) const;
+  void run_few(int64_t panel_begin, int64_t panel_end, int64_t row_begin, int64_t row_end) const;
+  void unpack(const Group& group, int64_t begin, int64_t end, float* out) const;
+  CodePanels codes(int64_t panel, int64_t count) const;
 
   FloatProblem p_;
   Isa isa_;
   const FloatKernels& kernels_;
+  const CodeKernels& code_kernels_;
   const TileEnd& end_;
   bool bf16_;
+  bool codes_;  // integer codes, in panels or row-major
 };
 
 }  // namespace llmqat::cpu

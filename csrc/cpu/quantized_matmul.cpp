@@ -165,14 +165,7 @@ const float* QuantizedMatmul::gather_scales(int64_t panel, int64_t count, int64_
   stride = count * kPanelChannels;
   const int64_t channels = std::min(stride, p_.n - channel);
   float* out = t_scales.get(std::max<int64_t>(1, groups_ * stride));
-  constexpr int64_t kLine = 16;  // floats of one cache line: whole lines are written
-  for (int64_t c = 0; c < channels; c += kLine) {
-    const float* from = p_.w_scale + (channel + c) * groups_;
-    const int64_t width = std::min(kLine, channels - c);
-    for (int64_t g = 0; g < groups_; ++g) {
-      for (int64_t i = 0; i < width; ++i) out[g * stride + c + i] = from[i * groups_ + g];
-    }
-  }
+  scales_by_group(p_.w_scale + channel * groups_, groups_, channels, out, stride);
   return out;
 }
 

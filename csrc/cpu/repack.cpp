@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "int_matmul.h"
 #include "llmqat/quant_math.h"
@@ -144,6 +145,8 @@ float storage(float v) { return v; }
 uint16_t storage(bf16 v) { return v.bits; }
 float storage(fp16 v) { return to_float(v); }
 
+float canonical(float v) { return v == v ? v : std::numeric_limits<float>::quiet_NaN(); }
+
 }  // namespace
 
 int panel_channels(Layout layout) {
@@ -216,47 +219,22 @@ void repack_float(const T* w, int64_t n, int64_t k, int64_t begin, int64_t end, 
   }
 }
 
-// Columns [begin, end) of one row into one column of a panel.
-template <class T, bool kNibbles>
-void dequantize_columns(const uint8_t* bytes, const float* scale, int64_t group_size, int64_t begin,
-                        int64_t end, float* out) {
-  for (int64_t c = begin; c < end;) {
-    const int64_t group = c / group_size;
-    const int64_t stop = std::min(end, (group + 1) * group_size);
-    const float s = scale[group];
-    for (; c < stop; ++c) {
-      const int code =
-          kNibbles ? signed_nibble(bytes[c / 2], c % 2 != 0) : static_cast<int8_t>(bytes[c]);
-      out[c * kFloatPanel] = round_to<T>(dequantize_code(static_cast<int8_t>(code), s));
+void scales_by_group(const float* scale, int64_t groups, int64_t channels, float* out, int64_t ld) {
+  constexpr int64_t kLine = 16;  // floats of one cache line: whole lines are written
+  for (int64_t c = 0; c < ld; c += kLine) {
+    const float* from = scale + c * groups;
+    const int64_t line = std::min(kLine, ld - c);
+    const int64_t width = std::clamp<int64_t>(channels - c, 0, line);
+    for (int64_t g = 0; g < groups; ++g) {
+      float* to = out + g * ld + c;
+      for (int64_t i = 0; i < width; ++i) to[i] = canonical(from[i * groups + g]);
+      for (int64_t i = width; i < line; ++i) to[i] = 0.0f;
     }
   }
 }
 
-template <class T>
-void dequantize_panel(const void* w, Layout source, int64_t n, int64_t k, const float* scale,
-                      int64_t group_size, int64_t panel, float* out) {
-  constexpr int64_t kColumns = 128;  // 8 KiB of the panel: stays in L1 while 16 rows fill it
-  for (int64_t begin = 0; begin < k; begin += kColumns) {
-    const int64_t end = std::min(k, begin + kColumns);
-    for (int i = 0; i < kFloatPanel; ++i) {
-      const int64_t index = panel * kFloatPanel + i;
-      if (index < n) {
-        const Row row(w, source, n, k, index);
-        const float* scales = scale + index * (k / group_size);
-        (row.nibbles
-             ? dequantize_columns<T, true>
-             : dequantize_columns<T, false>)(row.bytes, scales, group_size, begin, end, out + i);
-      } else {
-        for (int64_t c = begin; c < end; ++c) out[c * kFloatPanel + i] = 0.0f;
-      }
-    }
-  }
-}
-
-#define LLMQAT_INSTANTIATE(T)                                                                     \
-  template void repack_float<T>(const T*, int64_t, int64_t, int64_t, int64_t, void*);             \
-  template void dequantize_panel<T>(const void*, Layout, int64_t, int64_t, const float*, int64_t, \
-                                    int64_t, float*);
+#define LLMQAT_INSTANTIATE(T) \
+  template void repack_float<T>(const T*, int64_t, int64_t, int64_t, int64_t, void*);
 LLMQAT_INSTANTIATE(float)
 LLMQAT_INSTANTIATE(bf16)
 LLMQAT_INSTANTIATE(fp16)

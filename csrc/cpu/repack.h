@@ -71,10 +71,8 @@ void repack_float(const T* w, int64_t n, int64_t k, int64_t begin, int64_t end, 
 void pack_panel8(Isa isa, const void* w, Layout source, int64_t n, int64_t k, int64_t panel,
                  uint8_t* out);
 
-// One float panel [K][16] of round_d(code * scale) (spec 5), d = T, from a row-major weight with
-// scales [N, groups] and K = groups * group_size.
-template <class T>
-void dequantize_panel(const void* w, Layout source, int64_t n, int64_t k, const float* scale,
-                      int64_t group_size, int64_t panel, float* out);
+// Scales [channels, groups] of weight rows as [groups, ld]: one column a channel, 0 beyond them.
+// Every NaN becomes the canonical one.
+void scales_by_group(const float* scale, int64_t groups, int64_t channels, float* out, int64_t ld);
 
 }  // namespace llmqat::cpu

@@ -20,6 +20,7 @@ from .linears import (
     integer_group_matmul,
     quantized_linear,
     repack_weight,
+    repacked_linear,
     repacked_matmul,
     repacked_matmul_silu_mul,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "quantize_integer_groups",
     "quantized_linear",
     "repack_weight",
+    "repacked_linear",
     "repacked_matmul",
     "repacked_matmul_silu_mul",
     "rms_norm",

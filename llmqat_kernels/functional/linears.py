@@ -186,6 +186,41 @@ def repacked_matmul_silu_mul(
     return ops.repacked_matmul_silu_mul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
 
 
+def repacked_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    n: int,
+    w_bits: int,
+    group_size: int = -1,
+) -> Tensor:
+    """Float x [..., K] times codes from :func:`repack_weight` -> [..., n] in x's dtype:
+    :func:`quantized_linear` with ``a_bits=16`` on a weight that stays in the kernel layout (spec
+    7).
+
+    On CPU the bits are those of :func:`float_matmul` on the weight dequantized to x's dtype (spec
+    17), and a row's result does not depend on the other rows.
+
+    Args:
+        x: float [..., K]. w_scale: fp32 [n], or [n, K / group_size].
+        n: rows of the weight. w_bits: 2..8, as ``repack_weight`` was told.
+
+    Raises:
+        InvalidArgument: shapes or dtypes that do not fit. RuntimeError: ``w`` is no such weight of
+            the backend in use, or its kernel does not take this x, width or group size.
+    """
+    check_tensor("x", x, FLOAT_DTYPES)
+    check_bits("w_bits", w_bits)
+    check_tensor("w_scale", w_scale, (torch.float32,))
+    check_group_size(x.shape[-1], group_size)
+    check_shape("w_scale", w_scale, scale_shape((n,), x.shape[-1], group_size))
+    check_bias(bias, n)
+    check_same_device(x=x, w=w, w_scale=w_scale, bias=bias)
+    return ops.repacked_linear(x, w, w_scale, bias, n, w_bits, group_size)
+
+
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) -> Tensor:
     """x [..., K] times a float weight from :func:`repack_weight` -> [..., n]; on CPU a row's
     result does not

@@ -238,6 +238,19 @@ def repacked_matmul_silu_mul(
     return silu_mul(gate, up)
 
 
+def repacked_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+) -> Tensor:
+    """The A16 form of ``quantized_linear`` on a weight laid out by ``repack_weight`` (spec 7)."""
+    return quantized_linear(x, w, w_scale, bias, w_bits, 16, group_size)
+
+
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """fp32 product of x [..., K] and a float weight [n, K] in ``repack_weight``'s layout (spec
     17).

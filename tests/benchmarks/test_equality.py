@@ -17,6 +17,7 @@ interpreter = pytest.mark.skipif(
 FLOAT_OPS = {
     "qat_matmul_backward_input",
     "qat_matmul_backward_weight",
+    "repacked_linear",
     "float_matmul",
     "rms_norm_backward",
     "silu_mul_backward",

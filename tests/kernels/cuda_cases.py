@@ -73,6 +73,22 @@ def _repacked_matmul() -> Iterator[Case]:
                 )
 
 
+def _repacked_linear() -> Iterator[Case]:
+    for columns in (1328, 392):
+        for w, scale, bits in _weights(columns):
+            if bits > 4:
+                continue  # refused: the kernel takes nibbles
+            for m, dtype in ((1, torch.bfloat16), (9, torch.float16), (65, torch.bfloat16)):
+                x, bias = torch.randn(m, columns).to(dtype), torch.randn(70, dtype=dtype)
+                # The kernel does not round the weight to x's dtype.
+                plain = on_cpu((x.float(), w, scale, bias, bits, 16))
+                packed = run("repack_weight", Case((w, bits)))
+                yield Case(
+                    (x, packed, scale, bias, 70, bits, -1),
+                    lambda plain=plain, d=dtype: REFERENCE["quantized_linear"](*plain).to(d),
+                )
+
+
 def _repacked_matmul_silu_mul() -> Iterator[Case]:
     for w, scale, bits in _weights():
         a, a_scale = qk.quantize(torch.randn(9, 392), 8)
@@ -191,6 +207,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
     "repacked_matmul_silu_mul": _repacked_matmul_silu_mul,
+    "repacked_linear": _repacked_linear,
     "quantized_matmul": _quantized_matmul,
     "quantized_linear": _quantized_linear,
     "integer_group_matmul": _integer_group_matmul,

@@ -8,12 +8,16 @@ from llmqat_kernels.testing import assert_same_bits
 from tests.kernels.cuda_cases import CASES, cases, expected, on_cpu, operators, run
 
 APPROXIMATE = {
+    "repacked_linear": 2e-2,
     "attention_decode": 2e-2,
     "attention_decode_paged": 2e-2,
     "attention_decode_quantize": 2e-2,
 }
 """Tolerance of operators that are held to the 2x rule, codes of such results within one; all others
 are exact."""
+
+READERS = {"repacked_matmul", "repacked_matmul_silu_mul", "repacked_linear"}
+"""Operators on a layout that only the device writes."""
 
 
 def test_every_cuda_operator_has_cases():
@@ -25,13 +29,13 @@ def test_every_cuda_operator_has_cases():
 def test_the_linears_come_with_nvcc():
     if not operators():
         pytest.skip("the native library has no CUDA operators: built without nvcc")
-    linears = {"repack_weight", "repacked_matmul", "repacked_matmul_silu_mul"}
+    linears = {"repack_weight", *READERS}
     assert linears | {"quantized_matmul", "quantized_linear"} <= set(operators())
     for op in linears:
         assert dispatch.resolve(op, "cuda", "cuda").backend == "cuda"
 
 
-@pytest.mark.parametrize("op", sorted(set(CASES) - {"repacked_matmul", "repacked_matmul_silu_mul"}))
+@pytest.mark.parametrize("op", sorted(set(CASES) - READERS))
 def test_the_calls_are_legal(op):
     """On CPU tensors, by the reference: what a device would be given is what the operators take."""
     for case in cases(op, "cpu"):
@@ -58,7 +62,26 @@ def test_equals_the_reference(op):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("op", ["integer_group_matmul", "repacked_matmul"])
+def test_float_activations_are_refused_where_there_is_no_kernel():
+    if "repacked_linear" not in operators():
+        pytest.skip("the native library has no CUDA operators: built without nvcc")
+    x, scale = torch.randn(2, 392, device="cuda"), torch.ones(70, device="cuda")
+    codes = torch.zeros(70, 392, dtype=torch.int8, device="cuda")
+    layouts = {bits: torch.ops.llmqat_cuda.repack_weight(codes, bits) for bits in (4, 8)}
+    half = x.to(torch.bfloat16)
+    for args, match in (
+        ((x, layouts[4], scale, None, 70, 4, -1), "fp16 or bf16"),
+        ((half, layouts[8], scale, None, 70, 8, -1), "2 to 4 bits"),
+        ((half, layouts[4], scale, None, 70, 4, 56), "group_size"),
+        ((half, layouts[8], scale, None, 70, 4, -1), "no 4-bit weight"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            torch.ops.llmqat_cuda.repacked_linear(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("op", ["integer_group_matmul", "repacked_linear", "repacked_matmul"])
 def test_split_linears_replay_in_a_graph(op):
     """Each replay finds partial sums and tickets as the first one did."""
     if op not in operators():

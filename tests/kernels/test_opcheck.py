@@ -128,6 +128,24 @@ def _repacked_matmul_silu_mul():
     yield a, a_scale, qk.repack_weight(codes, 4), scale, None, 6, 4, -1, torch.bfloat16
 
 
+def _repacked_linear():
+    for bits in (4, 8):
+        codes, scale = _linear(bits=bits)
+        layout = qk.repack_weight(codes, bits)
+        yield torch.randn(3, 16), layout, scale, None, 6, bits, -1
+        yield (
+            torch.randn(2, 3, 16, dtype=torch.bfloat16),
+            layout,
+            scale,
+            torch.randn(6),
+            6,
+            bits,
+            -1,
+        )
+    codes, scale = qk.quantize(torch.randn(6, 16), 4, group_size=8)
+    yield torch.randn(3, 16), qk.repack_weight(codes, 4), scale, None, 6, 4, 8
+
+
 def _repack_weight():
     yield _linear()[0], 4
     yield torch.randn(6, 16), 16

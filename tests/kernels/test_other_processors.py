@@ -35,6 +35,10 @@ x = torch.randn(17, 96)
 y = qk.quantized_linear(x, qk.pack_int4(w), scale, w_bits=4, a_bits=8)
 assert_same_bits(y, linear.quantized_linear(x, w, scale, None, 4, 8))
 qk.float_matmul(x, qk.repack_weight(torch.randn(70, 96), 32), n=70)
+floats = qk.repack_weight(linear.dequantize(w, scale, -1, torch.float32), 32)
+for rows in (1, 3, 17):
+    y = qk.repacked_linear(x[:rows], qk.repack_weight(w, 4), scale, n=70, w_bits=4)
+    assert_same_bits(y, qk.float_matmul(x[:rows], floats, n=70))
 rows = torch.arange(3)
 qk.sample(torch.randn(3, 500), rows, rows, seed=1)
 """

@@ -117,6 +117,47 @@ def test_float_activations_follow_the_ratio_rule(backend, dtype):
     assert_within_ratio(got, x @ dense.T, exact, slack=1e-2 if dtype != torch.float32 else 1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("w_bits", "group_size"), [(4, -1), (8, -1), (3, 16), (4, 32)])
+def test_repacked_float_activations(backend, dtype, w_bits, group_size):
+    x = torch.randn(2, 3, 64, generator=generator(4)).to(dtype)
+    w, scale = weights(23, 64, w_bits, group_size)
+    bias = torch.randn(23, generator=generator(5)).to(dtype)
+    layout, slack = qk.repack_weight(w, w_bits), 1e-2 if dtype != torch.float32 else 1e-6
+    dense = qk.dequantize(w, scale, group_size=group_size, dtype=dtype)
+    for b in (None, bias):
+        options = {"n": 23, "w_bits": w_bits, "group_size": group_size}
+        got = qk.repacked_linear(x, layout, scale, b, **options)
+        plain = torch.nn.functional.linear(x, dense, b)
+        wide = None if b is None else b.double()
+        exact = torch.nn.functional.linear(x.double(), dense.double(), wide)
+        assert got.dtype == dtype
+        assert_within_ratio(got, plain, exact, slack=slack)
+        stored = qk.quantized_linear(
+            x, w, scale, b, w_bits=w_bits, a_bits=16, group_size=group_size
+        )
+        assert_same_bits(got, stored, "row-major")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        (dict(x=torch.ones(2, 8).long()), qk.InvalidArgumentType, "x"),
+        (dict(w_bits=16), qk.InvalidArgument, "w_bits"),
+        (dict(group_size=5), qk.InvalidArgument, "group_size"),
+        (dict(n=4), qk.InvalidArgument, "w_scale"),
+        (dict(w_scale=torch.ones(3, dtype=torch.float64)), qk.InvalidArgumentType, "w_scale"),
+        (dict(bias=torch.ones(4)), qk.InvalidArgument, "bias"),
+        (dict(x=torch.ones(2, 8, device="meta")), qk.InvalidArgument, "meta"),
+    ],
+)
+def test_repacked_linear_names_the_wrong_argument(change, error, word):
+    layout = qk.repack_weight(torch.ones(3, 8, dtype=torch.int8), 4)
+    args = dict(x=torch.ones(2, 8), w=layout, w_scale=torch.ones(3), n=3, w_bits=4) | change
+    with pytest.raises(error, match=word):
+        qk.repacked_linear(**args)
+
+
 def test_a_row_does_not_depend_on_the_others(backend):
     x = torch.randn(65, 96, generator=generator(6))
     w, scale = weights(50, 96, 4)

@@ -23,8 +23,8 @@ from llmqat_kernels.backends.triton import launch as launching
 from llmqat_kernels.backends.triton.launch import OPTIONS, Variant
 from llmqat_kernels.kv import KVCache
 
-NO_KERNEL = {"repack_weight"}
-"""Operators that launch nothing."""
+NO_KERNEL = {"repack_weight", "repacked_linear"}
+"""Operators that launch nothing, or only what other operators launch."""
 
 
 class AnySize(Draw):

@@ -109,7 +109,8 @@ def test_what_random_calls_launch_is_proven_by_a_form_that_is_compiled():
     found = json.loads(done.stdout)
     assert found["uncovered"] == []
     assert found["forms"] > 1000
-    assert len(found["operators"]) == len(triton_operators()) - 1  # repack_weight launches nothing
+    # repack_weight launches nothing, repacked_linear what dequantize launches.
+    assert len(found["operators"]) == len(triton_operators()) - 2
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def test_inverse(bits):
             layout = run("repack_weight", w, bits)
             assert layout.dtype == torch.uint8 and layout.dim() == 1
             assert_same_bits(original(layout, n, k, bits), w)
+            assert_same_bits(repacked_matmul.laid_out_codes(layout.cpu(), n, k, bits), w)
             if bits == 4:
                 packed = run("repack_weight", qk.pack_int4(w), 4)
                 assert_same_bits(packed, layout, "from packed codes")

@@ -11,7 +11,8 @@ Cost:     as many tensor operations as int8, half the bytes; one shift and one m
           The raw byte needs nothing, and 16 * low goes from registers into wgmma (gemm).
 Numerics: exact: |16 * high + low| <= 119 and 119 * 127 * 131,071 < 2^31.
 Edges:    a missing low channel and columns beyond K hold code 0.
-Limits:   codes in [-7, 7]; K <= 131,071; float weights (16, 32 bits) keep their layout.
+Limits:   codes in [-7, 7]; K <= 131,071; float weights (16, 32 bits) keep their layout. A16
+          (repacked_linear) is plain torch on the dequantized weight (2x rule).
 Tests:    tests/triton/test_repacked_matmul.py, tests/kernels/test_quantized_linear.py
 Bench:    python -m benchmarks.run --op repacked_matmul --device cuda
 """
@@ -50,6 +51,7 @@ from .quantized_linear import (
     group_forms,
     grouped_product,
     own_bias,
+    quantized_linear,
     token_count,
 )
 from .tiles import architecture, bucket, tile_for
@@ -163,6 +165,30 @@ def aligned(k: int) -> int:
     return -(-k // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
+def _stored(w: Tensor, n: int, k: int, w_bits: int) -> Tensor:
+    """The bytes of a weight as int8 [rows, stride], checked."""
+    rows = (n + 1) // 2 if w_bits <= PAIRED_BITS else n
+    if w.dtype != torch.uint8 or w.dim() != 1 or w.numel() != rows * aligned(k):
+        raise InvalidArgument(
+            f"w: {w.dtype} {tuple(w.shape)} is no {w_bits}-bit weight [{n}, {k}] of repack_weight;"
+            " lay it out with backend 'triton'"
+        )
+    return w.view(torch.int8).view(rows, aligned(k))
+
+
+def laid_out_codes(w: Tensor, n: int, k: int, w_bits: int) -> Tensor:
+    """The codes int8 [n, k] that `repack_weight` laid out: its inverse.
+
+    Raises:
+        InvalidArgument: as `repacked_matmul`.
+    """
+    stored = _stored(w, n, k, w_bits)[:, :k]
+    if w_bits > PAIRED_BITS:
+        return stored.contiguous()
+    low = (stored << 4) >> 4
+    return torch.cat(((stored - low) >> 4, low))[:n]
+
+
 def repacked_matmul(
     a: Tensor,
     a_scale: Tensor,
@@ -179,20 +205,30 @@ def repacked_matmul(
     Raises:
         InvalidArgument: ``w`` is no weight that `repack_weight` laid out for n channels of K codes.
     """
-    k = a.shape[-1]
-    paired = w_bits <= PAIRED_BITS
-    rows, stride = (n + 1) // 2 if paired else n, aligned(k)
-    if w.dtype != torch.uint8 or w.dim() != 1 or w.numel() != rows * stride:
-        raise InvalidArgument(
-            f"w: {w.dtype} {tuple(w.shape)} is no {w_bits}-bit weight [{n}, {k}] of repack_weight;"
-            " lay it out with backend 'triton'"
-        )
-    codes = w.view(torch.int8)
-    if paired:
+    codes, stride = _stored(w, n, a.shape[-1], w_bits), aligned(a.shape[-1])
+    if w_bits <= PAIRED_BITS:
         return pair_product(a, a_scale, codes, w_scale, bias, n, stride, group_size, dtype)
     if group_size == -1:
         return code_product(a, a_scale, codes, w_scale, bias, n, stride, False, dtype)
     return grouped_product(a, a_scale, codes, w_scale, bias, n, stride, False, group_size, dtype)
+
+
+def repacked_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+) -> Tensor:
+    """See spec 7, activations off: plain torch on the dequantized weight, as `quantized_linear`.
+
+    Raises:
+        InvalidArgument: as `repacked_matmul`.
+    """
+    codes = laid_out_codes(w, n, x.shape[-1], w_bits)
+    return quantized_linear(x, codes, w_scale, bias, w_bits, 16, group_size)
 
 
 def pair_product(
@@ -235,7 +271,11 @@ def pair_product(
     return y
 
 
-KERNELS: dict[str, Any] = {"repack_weight": repack_weight, "repacked_matmul": repacked_matmul}
+KERNELS: dict[str, Any] = {
+    "repack_weight": repack_weight,
+    "repacked_matmul": repacked_matmul,
+    "repacked_linear": repacked_linear,
+}
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "repacked_matmul": tuple(dict.fromkeys(PAIRS[80] + PAIRS[90])),
     "grouped_repacked_matmul": GROUP_PAIRS,
