@@ -7,7 +7,8 @@ Every candidate continues the same prompt greedily by the same number of tokens;
 the prefill (it counts from the first new token to the last). The packed checkpoint holds embedding,
 norms and head in bf16, and the engine computes in fp32. llama.cpp joins in where `llama_cpp` is
 installed: it reads the 4-bit file (Q4_1) that the demonstration's model comes from (its threads are
-its own, so compare it by the wall clock on a quiet machine).
+its own, so compare it by the wall clock on a quiet machine). ``--setting 4-16-16`` compares codes
+that stay codes with weights dequantized when the model is loaded.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -29,6 +31,7 @@ from torch import nn
 from benchmarks.timing import environment, save, summary
 from llmqat import Engine, QATConfig, convert, from_pretrained
 from llmqat.demo.assets import SMOLLM2, locate, smollm2
+from llmqat.runtime import weights
 from llmqat.runtime.loading import load_tokenizer
 
 PROMPT = "The history of science is"
@@ -58,6 +61,20 @@ def packed_engine(
     for parameter in packed.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
     return Engine(packed, max_len=max_len, head_bits=head_bits)
+
+
+def engines(plain: nn.Module, setting: str | None, max_len: int) -> Iterator[tuple[str, Engine]]:
+    """The engines to compare, by name."""
+    if setting is None:
+        for bits, mode, head in SETTINGS:
+            engine = packed_engine(plain, bits, mode, head, max_len)
+            yield f"llmqat {bits} {mode}, {head}-bit head", engine
+        return
+    yield f"llmqat {setting}", packed_engine(plain, setting, "paper", 16, max_len)
+    if QATConfig.parse(setting).a_bits == 16:
+        with mock.patch.object(weights, "multiplies_codes", lambda *_: False):
+            floats = packed_engine(plain, setting, "paper", 16, max_len)
+        yield f"llmqat {setting}, dequantized when loaded", floats
 
 
 def engine_candidate(engine: Engine, prompt: list[int], tokens: int, clock: Clock) -> Candidate:
@@ -159,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=tuple(CLOCKS),
         help="cpu: processor seconds, for one thread on a machine that is not quiet",
     )
+    parser.add_argument("--setting", help="W-A-KV in place of the usual ones")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args(argv)
     if args.clock == "cpu" and args.threads != 1:
@@ -170,16 +188,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt = load_tokenizer(folder)(PROMPT)["input_ids"]
     max_len = len(prompt) + args.tokens
     plain = from_pretrained(folder, dtype=torch.float32)
-    engines = {
-        f"llmqat {setting} {mode}, {head}-bit head": packed_engine(
-            plain, setting, mode, head, max_len
-        )
-        for setting, mode, head in SETTINGS
-    }
-    first = next(iter(engines.values()))
+    made = dict(engines(plain, args.setting, max_len))
+    ours, first = next(iter(made.items()))
     candidates = {
-        name: engine_candidate(engine, prompt, args.tokens, clock)
-        for name, engine in engines.items()
+        name: engine_candidate(engine, prompt, args.tokens, clock) for name, engine in made.items()
     }
     half = from_pretrained(folder, dtype=torch.bfloat16)
     candidates["transformers fp32"] = transformers_candidate(plain, prompt, args.tokens, clock)
@@ -190,7 +202,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     rates = measure(candidates, args.rounds)
     figures = {name: summary(values) for name, values in rates.items()}
-    ours = next(iter(engines))
     result: dict[str, Any] = {
         "model": folder.name,
         "clock": args.clock,
@@ -201,15 +212,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ratios": {
             name: figures[ours]["p50"] / figure["p50"]
             for name, figure in figures.items()
-            if name not in engines
+            if args.setting or name not in made
         },
         "weight_bytes": first.weight_bytes,
-        "cache_bytes": {name: engine.cache_bytes for name, engine in engines.items()},
+        "linear_bytes": {name: engine.weight_bytes["linears"] for name, engine in made.items()},
+        "cache_bytes": {name: engine.cache_bytes for name, engine in made.items()},
         "backends": sorted(set(first.backends().values())),
     }
     print(table(result))
     if args.save:
-        print(f"\n{save('decode', result)}")
+        name = "decode" if args.setting is None else f"decode_{args.setting}"
+        print(f"\n{save(name, result)}")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -228,7 +241,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {figure['p50']:.1f} ({spread}) | {shown} |")
     weights = result["weight_bytes"]
     sizes = ", ".join(f"{name} {size / MIB:.1f}" for name, size in weights.items())
-    return "\n".join([*lines, "", f"Weights of {result['ratio_of']}, MiB: {sizes}."])
+    linears = ", ".join(f"{name} {n / MIB:.1f}" for name, n in result["linear_bytes"].items())
+    lines += ["", f"Weights of {result['ratio_of']}, MiB: {sizes}.", f"Linears, MiB: {linears}."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

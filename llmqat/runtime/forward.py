@@ -34,6 +34,7 @@ OPERATORS = (
     "silu_mul",
     "silu_mul_quantize",
     "repacked_matmul",
+    "repacked_linear",
     "float_matmul",
     "rope",
     "rope_quantize_append",
@@ -257,7 +258,17 @@ class Forward:
         )
 
     def float(self, linear: FusedLinear, x: Tensor) -> Tensor:
-        """The float product of spec 17."""
+        """The float product of spec 17, of a float weight or of the values of codes."""
+        if linear.scale is not None:
+            return self.kernels.repacked_linear(  # type: ignore[no-any-return]
+                x,
+                linear.weight,
+                linear.scale,
+                linear.bias,
+                linear.n,
+                linear.w_bits,
+                linear.group_size,
+            )
         return self.kernels.float_matmul(x, linear.weight, linear.bias, linear.n)  # type: ignore[no-any-return]
 
     def linear(self, linear: FusedLinear, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from llmqat.nn.linear import QATLinear, QuantizedLinear
 from llmqat.runtime.screen import HeadScreen, make_screen
 from llmqat.runtime.support import check_runnable
 from llmqat.state import state_of
+from llmqat_kernels.dispatch import resolve
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """RoPE variants whose tables depend on the length of the sequence: one table per model cannot serve
@@ -35,7 +36,8 @@ class FusedLinear:
     (``repack_weight``).
 
     ``scale`` fp32 [n] or [n, groups] belongs to codes; None marks a float weight (w_bits 16).
-    ``a_bits`` 16 means that the input is not quantized.
+    ``a_bits`` 16 means that the input is not quantized; such a linear is a float product (spec 17),
+    also where its weight is codes.
     """
 
     weight: Tensor
@@ -49,7 +51,7 @@ class FusedLinear:
     @property
     def integer(self) -> bool:
         """Whether the product is the integer formula of spec 7."""
-        return self.scale is not None
+        return self.scale is not None and self.a_bits < 16
 
     @property
     def nbytes(self) -> int:
@@ -149,12 +151,25 @@ class _Source:
     a_bits: int
 
 
+def multiplies_codes(device: torch.device, weight: QuantSpec, dtype: torch.dtype) -> bool:
+    """Whether the backend in use has a kernel (``repacked_linear``) for activations of ``dtype``
+    times this weight's codes as they are kept. Elsewhere the engine dequantizes the weight once: to
+    do so in every step would cost more than to read the floats.
+    """
+    backend = resolve("repacked_linear", device.type, qk.current_backend()).backend
+    if backend == "cuda":
+        per_channel = weight.group_size == -1
+        return weight.bits <= 4 and per_channel and dtype in (torch.bfloat16, torch.float16)
+    return backend == "cpu"
+
+
 def _read(module: nn.Module, dtype: torch.dtype) -> _Source:
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias.detach()
     if isinstance(module, QuantizedLinear | QATLinear):
         weight, a_bits = module.spec.weight, min(module.spec.activation.bits, 16)
-        if weight.enabled and a_bits != 16:
+        device = (module.weight if isinstance(module, QATLinear) else module.weight_codes).device
+        if weight.enabled and (a_bits != 16 or multiplies_codes(device, weight, dtype)):
             if isinstance(module, QuantizedLinear):
                 codes, scale = module.int8_codes(), module.weight_scale
             else:
@@ -199,7 +214,7 @@ def fuse(
     """The linears ``modules``, which share their input, as one.
 
     Args:
-        dtype: of the activations; a W4A16 weight is dequantized to it (spec 7).
+        dtype: of the activations; the values of a W4A16 weight are rounded to it (spec 7).
         weight_dtype: storage of float weights; None keeps them, as bf16 where that is lossless.
 
     Raises:
