@@ -111,9 +111,11 @@ def _quantization(row: Row, kv_mode: str | None) -> dict[str, Any]:
     return options | dict(row.quant)
 
 
-def _generate(strategy: str, budget: Budget, inputs: Inputs) -> Stage:
+def _generate(strategy: str, budget: Budget, inputs: Inputs, records: float = 1.0) -> Stage:
     values = {"model": inputs.generator, "strategy": strategy, "seed": DATA_SEED}
     values |= budget.options("generate")
+    for count in values.keys() & {"num_records", "num_tokens"}:
+        values[count] = max(1, round(values[count] * records))
     return Stage(f"generate-{strategy}", "generate-data", _options(values, inputs))
 
 
@@ -147,7 +149,7 @@ def _train(row: Row, budget: Budget, inputs: Inputs, seed: int, quant: Mapping[s
 
 def _training_data(row: Row, budget: Budget, inputs: Inputs) -> Stage | Source:
     if row.data in GENERATED:
-        return _generate(row.data, budget, inputs)
+        return _generate(row.data, budget, inputs, row.records)
     if row.data not in inputs.train_texts:
         raise DataError(inputs.missing.get(row.data, f"--train-text {row.data}=FILE is not given"))
     return inputs.train_texts[row.data]

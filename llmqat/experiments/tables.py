@@ -8,6 +8,7 @@ null, and the table or the row says why.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -51,6 +52,7 @@ class Row:
         method: one of :data:`METHODS`.
         smooth: train the model that SmoothQuant smoothed, not the plain one.
         data: what a trained row learns from: a strategy of ``generate-data`` or a text.
+        records: a trained row learns from this many times the budget's generated text.
         loss: of ``llmqat train``.
         loss_weights: in the order of the loss's terms; None is 1 each.
         quant: further options of quantization, by the names of QATConfig.
@@ -67,6 +69,7 @@ class Row:
     method: str
     smooth: bool = False
     data: str = "hybrid"
+    records: float = 1.0
     loss: str = "logits"
     loss_weights: str | None = None
     quant: Mapping[str, Any] = field(default_factory=dict)
@@ -157,6 +160,9 @@ def _row(where: str, values: Any, table: Mapping[str, Any]) -> Row:
         raise _fail(where, f"{missing[0]} is missing")
     _check_one(where, "method", merged["method"], METHODS)
     _check_one(where, "data", merged.get("data", "hybrid"), (*GENERATED, *TEXTS))
+    records = merged.get("records", 1.0)
+    if type(records) not in (int, float) or not 0 < records < math.inf:
+        raise _fail(where, f"records must be a number above 0, not {records!r}")
     config = QATConfig.parse(merged["bits"])
     modes = tuple(merged.get("kv_modes", ("paper",)))
     for mode in modes:

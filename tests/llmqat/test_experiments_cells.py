@@ -185,3 +185,12 @@ def test_a_row_may_change_the_budget():
     train = next(s for s in in_order(stage.values()) if s.command == "train")
     assert dict(train.options)["lr"] == 1e-5
     assert isinstance(dict(train.options)["data"], Stage)
+
+
+@pytest.mark.parametrize("count", ["num_records", "num_tokens"])
+def test_a_row_may_learn_from_more_text_than_the_budget_gives(count):
+    """The model is smoothed on the budget's own text, which other rows have already."""
+    budget = LAPTOP.override({"generate": {"num_records": None, count: 10}})
+    stages = in_order([cell("beyond", "llm-qat-keys-text", budget=budget)])
+    options = [dict(stage.options) for stage in stages if stage.command == "generate-data"]
+    assert [o[count] for o in options] == [10, 15]

@@ -89,6 +89,7 @@ def test_tasks_are_named_as_the_evaluation_names_them():
         (("rows", 0, "method"), "full", "16-16-16"),
         (("rows", 0, "bits"), "4-8", "W-A-KV"),
         (("rows", 0, "data"), "pile", "data 'pile'"),
+        (("rows", 0, "records"), 0, "records must be a number above 0"),
         (("rows", 0, "kv_modes"), ["both"], "kv mode 'both'"),
         (("rows", 0, "quant"), {"bits": 3}, "quant: unknown key 'bits'"),
         (("rows", 0, "published"), {"LLaMA-65B": [1]}, "unknown key 'LLaMA-65B'"),
