@@ -38,7 +38,11 @@ class GenerateDataArguments:
     model: str = field(metadata={"help": "Teacher: a folder with a LLaMA of transformers."})
     output: str = field(metadata={"help": "Folder of the records; a second run continues there."})
     num_records: int | None = field(
-        default=None, metadata={"help": "Records of the whole dataset, over all shards."}
+        default=None,
+        metadata={
+            "help": "Records of the whole dataset, over all shards; a larger number than last"
+            " time adds to an unsharded folder."
+        },
     )
     num_tokens: int | None = field(
         default=None,

@@ -130,6 +130,13 @@ class Manifest:
         """The block that a record id belongs to."""
         return (record_id - self.first_record) // self.records_per_part
 
+    def is_whole(self, part: PartEntry) -> bool:
+        """Whether a part holds all records of its block. The last one of a run of fewer records
+        may not.
+        """
+        ids = self.ids(self.block_of(part.first))
+        return (part.first, part.last) == (ids[0], ids[-1])
+
     @property
     def complete(self) -> bool:
         """Whether every block of this shard is a part."""
@@ -219,11 +226,15 @@ class Manifest:
             self.parts[block] = PartEntry(ids[0], ids[-1], tokens, size, sha)
         return self
 
-    def same_run(self, other: Manifest, here: str, *, shard: bool = True) -> None:
+    def same_run(
+        self, other: Manifest, here: str, *, shard: bool = True, grow: bool = False
+    ) -> None:
         """Raise `DataError` naming the first field in which `other` (found at `here`) is another
-        run.
+        run. With `grow`, an unsharded one of fewer records is the same run.
         """
         found, mine = other.to_dict(), self.to_dict()
+        if grow and self.shards == other.shards == 1 and other.records < self.records:
+            found["records"] = self.records
         for key in ("config", "first_record", "records", "records_per_part", "shard"):
             a, b = found[key], mine[key]
             if key == "shard" and not shard:

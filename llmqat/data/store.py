@@ -25,7 +25,6 @@ from llmqat.data.manifest import (
     PartEntry,
     manifest_files,
     parse_shard,
-    part_name,
     part_range,
     plain_json,
 )
@@ -50,7 +49,8 @@ class RecordWriter:
                 writer.write(Record(record_id, ids))
 
     `manifest` is the configuration that decides the records: a folder begun with another one is
-    refused, naming the field. Its key "versions" (a dict) is recorded only; its key "vocab_size",
+    refused, naming the field. One of the same configuration and fewer records grows, unless it is
+    sharded. Its key "versions" (a dict) is recorded only; its key "vocab_size",
     if there, bounds the token ids. `shard` is (i, n) or "i/n"; shards write into one folder or into
     several that are merged by copying. `records_per_part` trades file count against the size of one
     part. `form` is the kind of record.
@@ -99,6 +99,7 @@ class RecordWriter:
         )
         self._pending: dict[int, dict[int, Stored]] = {}  # block -> id -> record
         self._live_bytes = 0
+        self._short: dict[str, Sequence[Stored]] = {}  # parts of blocks that have grown
         self._journal: Journal | None = None
         self._failed = False
         tag = "" if count == 1 else f"-{self._manifest.tag}"
@@ -237,10 +238,12 @@ class RecordWriter:
         before = None
         for path in manifest_files(self.folder):
             found = Manifest.load(path, self._form.format)
-            manifest.same_run(found, str(path), shard=path == own)
+            manifest.same_run(found, str(path), shard=path == own, grow=True)
             if path == own:
                 before = found.to_dict()
-                manifest.parts = found.parts
+                manifest.parts = {b: p for b, p in found.parts.items() if manifest.is_whole(p)}
+                if found.records < manifest.records:
+                    self._say(f"grows from {found.records} to {manifest.records} records")
                 new = [v for v in manifest.versions if v not in found.versions]
                 manifest.versions = found.versions + new
         if before is None and (self._journal_path.exists() or self._part_files()):
@@ -253,6 +256,7 @@ class RecordWriter:
             manifest.save(self.folder)
         if self._journal_path.exists():
             self._read_journal()
+        self._open_short_parts()
         self._finish_full_blocks()
 
     def _is_mine(self, bounds: tuple[int, int] | None) -> bool:
@@ -274,9 +278,14 @@ class RecordWriter:
             block = self._manifest.block_of(max(bounds[0], self._manifest.all_ids.start))
             ids = self._manifest.ids(block)
             try:
-                if name != part_name(ids[0], ids[-1]):
+                if bounds[0] != ids[0] or bounds[1] not in ids:
                     raise DataError(f"part {name} is not one of this run's parts")
                 data = (self._parts / name).read_bytes()
+                if bounds[1] != ids[-1]:
+                    self._short[name] = decode_part(
+                        data, name, range(ids[0], bounds[1] + 1), self._form
+                    )
+                    continue
                 entry = check_part(data, name, ids, listed.get(block), self._form)
             except OSError as error:
                 raise io.error_at(error, self._parts / name, "cannot read") from error
@@ -310,6 +319,21 @@ class RecordWriter:
             if not stored:
                 self._keep([record], [payload])
         self._journal.payloads = []
+
+    def _open_short_parts(self) -> None:
+        """Records of a block that has grown go back to the journal, then their part goes."""
+        for name, records in self._short.items():
+            block = self._manifest.block_of(records[0].record_id)
+            pending = self._pending.get(block, {})
+            back = [record for record in records if record.record_id not in pending]
+            if back and block not in self._manifest.parts:
+                payloads = [self._form.encode(record) for record in back]
+                if self._journal is None:
+                    self._journal = Journal(self._journal_path)
+                self._journal.append(payloads)
+                self._keep(back, payloads)
+            io.remove(self._parts / name)
+        self._short = {}
 
     def _quarantine(self, path: Path, error: DataError) -> None:
         folder = io.make_dir(self.folder / "quarantine")
@@ -358,7 +382,12 @@ def check_part(
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise DataError(f"part {name} does not match the size and SHA-256 in the manifest")
         return entry
+    return _entry(ids, decode_part(data, name, ids, form), data)
+
+
+def decode_part(data: bytes, name: str, ids: range, form: RecordForm) -> Sequence[Stored]:
+    """The records of one part, verified against its own digest and the ids that its name says."""
     records = form.decode_part(data, name)
     if [record.record_id for record in records] != list(ids):
         raise DataError(f"part {name} does not hold the records {ids[0]}..{ids[-1]}")
-    return _entry(ids, records, data)
+    return records

@@ -1,9 +1,10 @@
 """Fault injection for the record store: kills, torn writes, power cuts, full disks. No torch.
 
-    python tests/llmqat/store_faults.py sweep SCRATCH     # every step of several runs, one strike
-    each python tests/llmqat/store_faults.py unsynced SCRATCH  # a few strikes at a writer that
-    skips one fsync python tests/llmqat/store_faults.py sigkill SCRATCH   # SIGKILL from outside at
-    random times
+    python tests/llmqat/store_faults.py MODE SCRATCH
+
+sweep: every step of several runs, one strike each. growth: the same of runs that make a finished
+folder larger. unsynced: a few strikes at a writer that skips one fsync. sigkill: SIGKILL from
+outside at random times.
 
 Each prints one JSON object. `llmqat.io` calls plain `os` functions for every step that can matter,
 so `Faults` replaces those in a forked child, counts the steps and strikes at a chosen one.
@@ -301,23 +302,34 @@ class Tally:
 
 
 def sweep(
-    scratch: Path, seeds: int = 6, stride: int = 1, records: int = 11, per_part: int = 4
+    scratch: Path,
+    seeds: int = 6,
+    stride: int = 1,
+    records: int = 11,
+    per_part: int = 4,
+    before: int = 0,
 ) -> dict[str, int]:
     """Strike at every `stride`-th step of `seeds` different runs, in three ways, then resume.
 
     Every third time the resuming process is struck too, at a step that wanders over its whole run.
+    The first `before` records are there, as a finished run of their own.
     """
     tally = Tally()
     folder, spare = scratch / "data", scratch / "spare"
-    for seed in range(seeds):
+
+    def begin(seed: int) -> list[int]:
         shutil.rmtree(folder, ignore_errors=True)
+        with Faults():
+            return run(folder, before, per_part, seed) if before else []
+
+    for seed in range(seeds):
+        begin(0)
         with Faults() as faults:
             run(folder, records, per_part, seed)
         expected, steps = fingerprint(folder), len(faults.trace)
         assert [record.record_id for record in open_dataset(folder)] == list(range(records))
         for point in (p for p in range(3 * steps) if p // 3 % stride == 0):
-            shutil.rmtree(folder, ignore_errors=True)
-            acked = []
+            acked = [begin(seed)]
             strikes = [point // 3] + ([point * 7 % steps] if point // 3 % 3 == 0 else [])
             for at in strikes:
                 shutil.rmtree(spare, ignore_errors=True)
@@ -337,6 +349,11 @@ def sweep(
             tally.result["points"] += 1
             tally.finished(folder, acked, records, expected)
     return tally.result
+
+
+def growth(scratch: Path) -> dict[str, int]:
+    """A sweep over runs that find a whole part and a short one, of a run of fewer records."""
+    return sweep(scratch, seeds=2, before=6)
 
 
 def unsynced(scratch: Path) -> dict[str, int]:
@@ -384,6 +401,5 @@ if __name__ == "__main__":
     gc.disable()  # a collection in a child would copy the parent's pages
     store._COMPACT_BYTES = 64  # so that small runs rewrite their journals too
     place = Path(sys.argv[2])
-    print(
-        json.dumps({"sweep": sweep, "unsynced": unsynced, "sigkill": sigkill}[sys.argv[1]](place))
-    )
+    modes = {"sweep": sweep, "growth": growth, "unsynced": unsynced, "sigkill": sigkill}
+    print(json.dumps(modes[sys.argv[1]](place)))

@@ -225,6 +225,21 @@ def test_command(folder, tmp_path, capsys):
     assert "teacher_sha256" in capsys.readouterr().err
 
 
+def test_command_adds_records_to_a_finished_folder(folder, tmp_path, capsys, caplog):
+    options = ("--max-len", "8", "--slots", "4", "--seed", "3", "--json")
+    for count in ("5", "9"):
+        assert command(folder, tmp_path / "grown", "--num-records", count, *options) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["kept_records"], result["new_records"]) == (5, 4)
+    assert "grows from 5 to 9 records" in caplog.messages
+    assert command(folder, tmp_path / "whole", "--num-records", "9", *options) == 0
+    grown, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "parts").iterdir()}
+        for name in ("grown", "whole")
+    )
+    assert grown == whole
+
+
 def test_command_by_tokens_and_approximate_cache(folder, tmp_path, capsys):
     options = ("--num-tokens", "30", "--max-len", "8", "--kv-bits", "8", "--threads", "1")
     assert command(folder, tmp_path / "data", *options) == 0

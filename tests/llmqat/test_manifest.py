@@ -48,7 +48,7 @@ def test_parse_shard() -> None:
         ),
         ({"manifest": {**CONFIG, "dtype": "bf16"}}, "config.dtype"),
         ({"manifest": {"teacher": "tiny"}}, "config.sampling"),
-        ({"records": RECORDS + 1}, "records"),
+        ({"records": RECORDS - 1}, "records"),
         ({"records": range(1, RECORDS)}, "first_record"),
         ({"records_per_part": 6}, "records_per_part"),
         ({"shard": (0, 2)}, "shard.count"),

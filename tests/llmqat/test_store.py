@@ -69,6 +69,13 @@ def test_thousand_kill_points(scratch: Path) -> None:
     }
 
 
+def test_kills_while_a_finished_folder_grows(scratch: Path) -> None:
+    """The records of the short last part are safe at every step, and its file goes."""
+    result = faults_driver("growth", scratch)
+    assert result["points"] >= 250 and result["killed"] >= result["points"]
+    assert not any(result[k] for k in ("lost", "repeated", "wrong_files", "failed_children"))
+
+
 def test_the_sweep_notices_a_missing_fsync(scratch: Path) -> None:
     assert faults_driver("unsynced", scratch)["repeated"] > 0
 
@@ -279,3 +286,24 @@ def test_part_that_the_manifest_does_not_name(tmp_path: Path) -> None:
         assert out.missing() == [15, 16, 17, 18, 19]
         assert len(out.messages) == 2
     assert fingerprint(fill(folder)) == expected
+
+
+@pytest.mark.parametrize("before", [7, 10, 0], ids=["short part", "whole parts", "nothing"])
+def test_a_finished_folder_grows(tmp_path: Path, before: int) -> None:
+    folder = fill(tmp_path / "grown", records=before)
+    with writer(folder) as out:
+        assert out.missing() == list(range(before, RECORDS))
+        assert out.messages == [f"grows from {before} to {RECORDS} records"]
+    with pytest.raises(DataError, match="part"):
+        open_dataset(folder)
+    assert fingerprint(fill(folder)) == fingerprint(fill(tmp_path / "whole"))
+    assert not (folder / "quarantine").exists()
+    with pytest.raises(DataError, match=f"the folder has {RECORDS}, this run has {before}"):
+        writer(folder, records=before)
+
+
+def test_a_shard_does_not_grow(tmp_path: Path) -> None:
+    """Which blocks are a shard's depends on how many there are in all."""
+    fill(tmp_path, records=10, shard=(0, 2))
+    with pytest.raises(DataError, match="records: the folder has 10, this run has 23"):
+        writer(tmp_path, shard=(0, 2))
