@@ -68,7 +68,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     memory.set_ylabel("KV cache, GiB (dots: measured)")
     speed.set_ylabel("decode, tokens per second")
     memory.set_yscale("log")
-    speed.set_ylim(bottom=0)
+    fastest = max((row["tokens_per_second"] or 0.0 for row in result["rows"]), default=0.0)
+    speed.set_ylim(0, 1.1 * fastest or None)
     lengths = sorted({row["seq_len"] for row in result["rows"]})
     for axes in (memory, speed):
         axes.set_xscale("log", base=2)

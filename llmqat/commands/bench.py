@@ -16,10 +16,8 @@ from llmqat.config import KV_MODES
 from llmqat.convert import state_of
 from llmqat.errors import ConfigError
 from llmqat.eval.cost import ModelShape
-from llmqat.models.families import find_family
 from llmqat.models.shapes import SHAPES
 from llmqat.runtime.loading import load_model, parse_device, parse_dtype, set_threads
-from llmqat.runtime.support import has_engine
 from llmqat.train.arguments import check_choice, check_number
 from llmqat.train.run import announce_backend
 
@@ -79,15 +77,13 @@ def bench_kv(arguments: KVArguments) -> dict[str, Any]:
     """Everything that is computed and measured, as JSON values.
 
     Raises:
-        ConfigError: no such model or shape, or an activation that the engine does not run.
+        ConfigError: no such model or shape, or a family that is not supported.
         CheckpointError: an unreadable folder.
     """
     a = arguments
     common: dict[str, Any] = {"model": a.model, "batch": a.batch}
     if a.model in SHAPES and not Path(a.model).is_dir():
-        shape = ModelShape.from_config(SHAPES[a.model].config())
-        note = f"{a.model} is a shape without weights"
-        return common | _computed(a, shape, a.kv_mode or "paper", note)
+        return common | _computed(a)
     if not Path(a.model).is_dir():
         raise ConfigError(
             f"--model: {a.model} is neither a folder nor a known shape; shapes: {', '.join(SHAPES)}"
@@ -98,10 +94,6 @@ def bench_kv(arguments: KVArguments) -> dict[str, Any]:
     shape = ModelShape.from_config(model.config)
     state = state_of(model)
     mode = a.kv_mode or ("paper" if state is None else state.config.kv_mode)
-    family = find_family(model)
-    if not has_engine(family):
-        note = f"the engine does not run {family.architecture}, so nothing is measured"
-        return common | _computed(a, shape, mode, note)
     announce_backend(device)
     rows, engine = kv.measure(
         model, a.lengths(), a.widths(), kv_mode=mode, batch=a.batch, steps=a.steps
@@ -117,9 +109,11 @@ def bench_kv(arguments: KVArguments) -> dict[str, Any]:
     }
 
 
-def _computed(a: KVArguments, shape: ModelShape, mode: str, why: str) -> dict[str, Any]:
-    """The part of the result that needs no engine; `why` there is no other."""
-    note = f"computed only: {why}"
+def _computed(a: KVArguments) -> dict[str, Any]:
+    """The result for a shape without weights."""
+    shape = ModelShape.from_config(SHAPES[a.model].config())
+    mode = a.kv_mode or "paper"
+    note = f"computed only: {a.model} is a shape without weights"
     rows = kv.computed_rows(shape, a.lengths(), a.widths(), kv_mode=mode, batch=a.batch, note=note)
     return {"kv_mode": mode, "shape": asdict(shape), "rows": [row.to_dict() for row in rows]}
 

@@ -8,6 +8,7 @@ import torch
 import llmqat
 from llmqat import cli
 from llmqat.bench import kv, kv_report
+from llmqat.bench.subjects import fill
 from llmqat.commands.bench import KVArguments, bench_kv
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
@@ -88,17 +89,29 @@ def test_the_window_is_named_where_it_is_the_limit():
     assert rows[0].note == "computed only: the model has 256 positions"
 
 
-def test_a_family_without_engine_is_computed_only(tmp_path, capsys):
-    llmqat.save_pretrained(tiny_model("gpt2"), tmp_path / "model")
-    argv = ["bench", "kv", "--model", str(tmp_path / "model"), "--seq-lens", "16,1k"]
-    assert cli.main(argv) == 0
-    shown = capsys.readouterr().out
-    note = "computed only: the engine does not run GPT2LMHeadModel, so nothing is measured"
-    assert shown.endswith(f"\n\n- {note}\n") and "| 1k |" in shown
-    result = bench_kv(KVArguments(str(tmp_path / "model"), seq_lens="16", bits="8"))
-    (row,) = result["rows"]
-    # 2 layers of K and V of 64 codes and a scale of 4 bytes each
-    assert row["computed_bytes"] == 16 * 2 * 2 * (64 + 4) and row["measured_bytes"] is None
+@pytest.mark.parametrize("setting", ["16-16-16", "8-8-4"])
+def test_a_family_without_engine_is_measured_with_floats(setting, tmp_path, capsys):
+    model = tiny_model("gpt2")
+    if setting != "16-16-16":
+        model = llmqat.prepare(model, QATConfig.parse(setting))
+    llmqat.save_pretrained(model, tmp_path / "model")
+    argv = ["bench", "kv", "--model", str(tmp_path / "model"), "--seq-lens", "1,16,1k"]
+    assert cli.main([*argv, "--batch", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["backends"] == {"forward": "transformers"} and result["setting"] == setting
+    rows = {(row["bits"], row["seq_len"]): row for row in result["rows"]}
+    for length in (1, 16):
+        row = rows[16, length]
+        assert row["measured_bytes"] == row["computed_bytes"] == length * 3 * 2 * 2 * 64 * 2
+        assert row["tokens_per_second"] > 0 and row["note"] == ""
+        # codes, and a scale of 4 bytes, of K and V in 2 layers
+        assert rows[8, length]["computed_bytes"] == length * 3 * 2 * 2 * (64 + 4)
+    engine = "computed only: codes are held by the engine, which does not run GPT2LMHeadModel"
+    positions = "computed only: the model has 256 positions"
+    assert {row["note"] for key, row in rows.items() if row["measured_bytes"] is None} == {
+        engine, positions,
+    }  # fmt: skip
+    assert rows[16, 1024]["note"] == positions
 
 
 def test_a_packed_model_runs_in_every_width():
@@ -126,7 +139,7 @@ def test_free_memory_is_plausible():
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_fill_writes_every_code_but_the_one_that_never_occurs(bits):
     caches = [KVCache.allocate(2, 2, 64, 16, bits=bits, mode="paper") for _ in range(2)]
-    kv.fill(caches)
+    fill(caches)
     for name in ("k_codes", "k_scale", "v_codes", "v_scale"):
         assert torch.equal(getattr(caches[0], name), getattr(caches[1], name))
     assert not torch.equal(caches[0].k_codes, caches[0].v_codes)
