@@ -54,19 +54,28 @@ REFUSAL = "use backend"
 """Part of the message of a kernel that does not take a case and names the backend that does."""
 
 
+def _reaches(backend: str, op: str) -> bool:
+    """Whether a kernel of the backend runs, itself or in what the operator is composed of."""
+    if dispatch._own_kernel(backend, op)[0] is not None:
+        return True
+    if any(dispatch._own_kernel(other, op)[0] for other in dispatch.BESIDE.get(backend, ())):
+        return False
+    parts = getattr(COMPOSITES.get(op), "keywords", {})
+    return any(_reaches(backend, part) for part in parts)
+
+
 def tested_ops(backend: str = "triton") -> tuple[list[str], dict[str, str]]:
     """The operators that have a kernel of this backend, or are composed of such; and why others are
     not compared.
     """
     tested, left_out = [], {}
     for op in DRAWS:
-        own, _ = dispatch._own_kernel(backend, op)
-        if own is None and op not in COMPOSITES:
-            left_out[op] = f"no {NAMES[backend]} kernel"
-        elif own is None and COMPOSITES[op] is REFERENCE[op]:
+        if _reaches(backend, op):
+            tested.append(op)
+        elif COMPOSITES.get(op) is REFERENCE[op]:
             left_out[op] = "the reference's own function"
         else:
-            tested.append(op)
+            left_out[op] = f"no {NAMES[backend]} kernel"
     return tested, left_out
 
 

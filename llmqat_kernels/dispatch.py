@@ -1,9 +1,9 @@
 """Which backend runs an operator: one table, no silent fallback.
 
-``auto`` prefers the device's kernels and falls back to ``reference`` only with an
-announcement
-(once); a backend asked for by name that cannot run raises
-:class:`BackendUnavailable` with the reason. ``choices()`` is what ``llmqat info`` prints.
+``auto`` prefers the device's kernels and falls back to ``reference`` only with an announcement
+(once). A backend asked for by name that cannot run raises :class:`BackendUnavailable` with the
+reason; ``cuda`` leaves operators that have no CUDA C++ kernel by design to Triton, announced once.
+``choices()`` is what ``llmqat info`` prints.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ logger = logging.getLogger("llmqat_kernels")
 
 PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 """Device type -> the kernel backends that ``auto`` tries, best first."""
+BESIDE = {"cuda": ("triton",)}
+"""Named backend -> who runs the operators that it has no kernel for."""
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 _requested = "auto"
@@ -58,7 +60,8 @@ class use_backend:
     block ends.
 
     Args:
-        name: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``.
+        name: ``auto``, ``reference``, ``cpu``, ``cuda`` (CUDA C++ first, then Triton) or
+            ``triton``.
 
     Raises:
         InvalidArgument: unknown name.
@@ -122,8 +125,12 @@ def _candidates(device_type: str, requested: str) -> tuple[str, ...]:
     """Kernel backends to try, best first; none if the one asked for is of another device."""
     if requested == "reference":
         return ()
-    wanted = PREFERENCE.get(device_type, ()) if requested == "auto" else (requested,)
-    return tuple(backend for backend in wanted if device_type in _devices(backend))
+    if requested == "auto":
+        wanted = PREFERENCE.get(device_type, ())
+    else:
+        wanted = (requested, *BESIDE.get(requested, ()))
+    usable = tuple(backend for backend in wanted if device_type in _devices(backend))
+    return usable if requested in ("auto", *usable) else ()
 
 
 _announced: set[tuple[str, bool]] = set()
@@ -136,6 +143,17 @@ def _announce_fallback(op: str, device_type: str, reason: str, available: bool) 
         _announced.add(key)
         what = op if available else "every operator"
         logger.warning("%s on %s runs on the reference backend: %s", what, device_type, reason)
+
+
+def _announce_beside(op: str, requested: str, backend: str) -> None:
+    """Say once that operators which the backend asked for lacks run on another."""
+    key = (f"{requested}/{backend}", True)
+    if key not in _announced:
+        _announced.add(key)
+        logger.warning(
+            "backend %r has no kernel for some operators (%s is the first); %s runs them",
+            requested, op, backend,
+        )  # fmt: skip
 
 
 @cache
@@ -159,6 +177,8 @@ def resolve(op: str, device_type: str, requested: str) -> Choice:
     for backend in candidates:
         kernel, reason = _own_kernel(backend, op)
         if kernel is not None:
+            if requested not in ("auto", backend):
+                _announce_beside(op, requested, backend)
             return Choice(op, device_type, backend, reason, kernel)
         reasons.append(reason)
     usable = [backend for backend in candidates if not _why_not(backend)]
