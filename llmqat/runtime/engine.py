@@ -79,8 +79,8 @@ class Engine(TokenEngine):
         screen_head: bool | None = None,
         graphs: bool | None = None,
     ) -> None:
-        if max_slots < 1:
-            raise InvalidArgument(f"max_slots: {max_slots} must be at least 1")
+        if not isinstance(max_slots, int) or max_slots < 1:
+            raise InvalidArgument(f"max_slots: {max_slots} must be an integer of at least 1")
         family = find_family(model)
         if max_len is None:
             max_len = default_max_len(model)
@@ -163,6 +163,7 @@ class Engine(TokenEngine):
             for _ in weights.blocks
         ]
         self._lengths = [0] * self.max_slots
+        self.user: object | None = None  # the run that the slots belong to
         self.forward = Forward(weights, self._caches, self.dtype, self.backend, fuse=self._fuse)
         self.static = StaticDecode(
             self.forward,
@@ -208,6 +209,7 @@ class Engine(TokenEngine):
         """Forget the sequences of ``slots`` (all by default). Nothing is erased: lengths alone say
         what is visible.
         """
+        self.user = None
         for slot in range(self.max_slots) if slots is None else slots:
             self._lengths[slot] = 0
 
@@ -216,6 +218,7 @@ class Engine(TokenEngine):
         self._check_slots([slot])
         if not 0 <= length <= self.max_len:
             raise InvalidArgument(f"length: {length} is outside 0..{self.max_len}")
+        self.user = None
         self._lengths[slot] = length
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -269,6 +272,7 @@ class Engine(TokenEngine):
         """Append ``tokens[i]`` to ``slots[i]``: the residual stream [n, H] of the last of each.
         Errors as :meth:`prefill`.
         """
+        self.user = None
         self._check_slots(slots)
         if len(slots) != len(tokens):
             raise InvalidArgument(
@@ -350,7 +354,7 @@ class Engine(TokenEngine):
     def _blocks(self, ids: list[int], slots: list[int], positions: list[int]) -> Tensor:
         """The residual stream [n, H] after the last block."""
         columns = (upload(values, torch.int64, self.device) for values in (ids, slots, positions))
-        return self.forward(*columns)
+        return self.forward(*columns, longest=max(positions) + 1)
 
 
 def _wants_screen(model: nn.Module, head_bits: int, asked: bool | None) -> bool:

@@ -99,12 +99,18 @@ class Forward:
         return any(isinstance(step, FusedBlocks) for step in self._steps)
 
     def __call__(
-        self, tokens: Tensor, slots: Tensor, positions: Tensor, lengths: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        lengths: Tensor | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         """tokens, slots, positions int64 [n] -> the residual stream [n, H] after the last block: a
-        fixed sequence of operators, whatever n is. ``lengths``: ``positions + 1`` where it exists.
+        fixed sequence of operators, whatever n is. ``lengths``: ``positions + 1`` where it exists;
+        ``longest``: the largest of them where the host knows it.
         """
-        rows = Rows(slots, positions, positions + 1 if lengths is None else lengths)
+        rows = Rows(slots, positions, positions + 1 if lengths is None else lengths, longest)
         stream = self.weights.embedding.index_select(0, tokens).to(self.dtype)
         delta: Tensor | None = None
         for step in self._steps:
@@ -216,7 +222,7 @@ class Forward:
             weights.sin,
             rows.slots,
             rows.lengths,
-            cache.k_codes.shape[2],  # no length is beyond it, and it needs no value
+            rows.longest or cache.k_codes.shape[2],  # no length is beyond the cache
             weights.scaling,
             cache.bits,
             cache.pre_rope,

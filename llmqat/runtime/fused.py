@@ -28,12 +28,14 @@ def fused_kernel(backends: Mapping[str, str]) -> Callable[..., None] | None:
 
 class Rows(NamedTuple):
     """The rows of one pass: slot, position and visible length of each token, int64 [n] on the
-    device.
+    device; and the largest length where the host knows it, so that scratch memory and grids are as
+    large as the sequences, not as the cache.
     """
 
     slots: Tensor
     positions: Tensor
     lengths: Tensor
+    longest: int | None = None
 
 
 class FusedBlocks:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -132,7 +134,8 @@ def run_requests(
 
     Raises:
         InvalidArgument: a request whose prompt is empty, holds a token outside the vocabulary, or
-            does not fit its ``max_len`` or the engine's.
+            does not fit its ``max_len`` or the engine's; or the engine was used for something else
+            before this run ended.
     """
     run = _Run(engine, requests, Sampler(sampling, engine.device), frozenset(stop_ids))
     under_way: deque[list[_Launch]] = deque()
@@ -162,11 +165,27 @@ class _Run:
         self.rows: list[Active] = []  # never changed in place: a new list is loaded again
         self.new: list[Active] = []
         self._engine, self._sampler, self._stops = engine, sampler, stops
+        self._mark = engine.user = object()
         self._waiting = iter(requests)
         self._free = list(range(engine.max_slots - 1, -1, -1))
         self._loaded = self.rows
         self._fresh: list[Tensor] = []  # chosen by prefills since the last load
         engine.static.configure(sampler)
+
+    @contextmanager
+    def _using(self) -> Iterator[Engine]:
+        """The engine, for a change of its slots.
+
+        Raises:
+            InvalidArgument: another run or call has changed them since.
+        """
+        if self._engine.user is not self._mark:
+            raise InvalidArgument(
+                "run: the engine was used for something else before this run ended; finish one run"
+                " first, or give each an engine of its own"
+            )
+        yield self._engine
+        self._engine.user = self._mark
 
     def admit(self) -> list[Completion]:
         """Give free slots to waiting requests; those that need no token end at once."""
@@ -177,7 +196,8 @@ class _Run:
                 ended.append(Completion(request, list(request.prompt), "length"))
                 continue
             slot = self._free.pop()
-            self._engine.reset((slot,))
+            with self._using() as engine:
+                engine.reset((slot,))
             if len(request.prompt) == 1:
                 self.rows = [*self.rows, Active(request, slot)]
             else:
@@ -210,9 +230,10 @@ class _Run:
     @torch.inference_mode()
     def _prefill(self) -> _Launch:
         """The token after each new prompt; logits are formed only where a row draws from them."""
-        engine, rows = self._engine, self.new
+        rows = self.new
         requests = [row.request for row in rows]
-        hidden = engine.append([row.slot for row in rows], [r.prompt for r in requests])
+        with self._using() as engine:
+            hidden = engine.append([row.slot for row in rows], [r.prompt for r in requests])
         greedy = [self._sampler.sampling.greedy or row.greedy for row in rows]
         if engine.screens and all(greedy):
             chosen = engine.forward.greedy(hidden)
@@ -227,13 +248,14 @@ class _Run:
 
     def _step(self) -> _Launch:
         """One static step of ``rows``."""
-        static, rows = self._engine.static, self.rows
+        with self._using() as engine:
+            static, rows = engine.static, self.rows
         if self._loaded is not rows:
             static.load([row.as_row() for row in rows], self._fresh)
             for i, row in enumerate(rows):
                 row.source = i
             self._loaded, self._fresh = rows, []
-        self._engine.decoded(row.slot for row in rows)
+        engine.decoded(row.slot for row in rows)
         return self._under_way(rows, static.step())
 
     def resolve(
@@ -264,12 +286,18 @@ class _Run:
         self.rows = [other for other in self.rows if other is not row]
         self._free.append(row.slot)
         seen = len(row.tokens) - int(row.reason != "error")  # the last token was never an input
-        self._engine.assume_length(row.slot, seen)
+        with self._using() as engine:
+            engine.assume_length(row.slot, seen)
 
 
 def check_request(request: Request, max_len: int, vocab_size: int) -> None:
-    """InvalidArgument: an empty prompt, a token that is none, or a length that does not fit."""
+    """InvalidArgument: an empty prompt, a token that is none, or a number out of range."""
     prompt = request.prompt
+    if not 0 <= request.record < 2**63 or request.n_greedy < 0:
+        raise InvalidArgument(
+            f"requests: record {request.record} must lie in 0..2^63-1, and its n_greedy"
+            f" {request.n_greedy} must be at least 0"
+        )
     if not prompt:
         raise InvalidArgument(f"prompts: prompt {request.record} is empty; give at least one token")
     if not len(prompt) <= request.max_len <= max_len:
@@ -277,8 +305,9 @@ def check_request(request: Request, max_len: int, vocab_size: int) -> None:
             f"prompts: prompt {request.record} has {len(prompt)} tokens, its limit is"
             f" {request.max_len} and the engine's max_len {max_len}"
         )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise InvalidArgument(
-            f"prompts: ids must lie in 0..{vocab_size - 1}, prompt {request.record} has"
-            f" {min(prompt)}..{max(prompt)}"
-        )
+    for token in prompt:
+        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+            raise InvalidArgument(
+                f"prompts: ids must be integers of 0..{vocab_size - 1}, prompt {request.record} has"
+                f" {token!r}"
+            )

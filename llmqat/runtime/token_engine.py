@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from llmqat.runtime.sampling import Sampling
-from llmqat.runtime.scheduler import Completion, Request
+from llmqat.runtime.scheduler import Completion, Request, check_request
 from llmqat_kernels.errors import InvalidArgument
 
 
@@ -90,6 +90,8 @@ class TokenEngine(ABC):
             Request(index, tuple(prompt), min(len(prompt) + max_new_tokens, self.max_len))
             for index, prompt in enumerate(prompts)
         ]
+        for request in requests:  # before any token is computed
+            check_request(request, self.max_len, self.vocab_size)
         settings = Sampling(greedy=True) if sampling is None else sampling
         steps = self.run(requests, settings, stop_ids=stop_ids, on_token=on_token)
         return sorted(

@@ -121,6 +121,7 @@ def test_bad_calls(call, message):
     "options,error",
     [
         ({"max_slots": 0}, qk.InvalidArgument),
+        ({"max_slots": 1.5}, qk.InvalidArgument),
         ({"max_len": 513}, qk.InvalidArgument),
         ({"weight_dtype": torch.float16}, qk.InvalidArgument),
         ({"head_bits": 4}, ConfigError),

@@ -183,8 +183,49 @@ def test_requests_are_read_as_slots_become_free():
     assert sum(len(done) for done in run) == 4
 
 
-@pytest.mark.parametrize("prompt", [(64,), (-1,), (1, 64), ()])
+@pytest.mark.parametrize("prompt", [(64,), (-1,), (1, 64), (), (1, 1.5)])
 def test_bad_prompts(prompt):
     engine = Engine(tiny_llama(36, vocab=64, layers=1), max_len=MAX_LEN)
     with pytest.raises(InvalidArgument, match="prompts"):
         list(run_requests(engine, [Request(0, prompt, 9)], Sampling()))
+    chosen = []
+    with pytest.raises(InvalidArgument, match=r"prompts: .*prompt 2 "):
+        engine.generate([[1], [2], prompt], 4, on_token=lambda *token: chosen.append(token))
+    assert chosen == []  # all are looked at before the first token
+
+
+@pytest.mark.parametrize("fields", [{"record": 2**63}, {"record": -1}, {"n_greedy": -1}])
+def test_bad_requests(fields):
+    engine = Engine(tiny_llama(36, vocab=64, layers=1), max_len=MAX_LEN)
+    request = replace(Request(0, (1,), 9), **fields)
+    with pytest.raises(InvalidArgument, match="requests: record"):
+        list(run_requests(engine, [request], Sampling()))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda engine: engine.generate([[9, 8]], 2),
+        lambda engine: next(run_requests(engine, [Request(5, (3,), 4)], Sampling())),
+        lambda engine: engine.prefill([1], [[4, 4]]),
+        lambda engine: engine.reset(),
+        lambda engine: engine.assume_length(0, 1),
+        lambda engine: engine.replace_cache(max_len=MAX_LEN),
+    ],
+)
+def test_a_run_whose_engine_was_used_for_something_else_says_so(plan, use):
+    engine = Engine(tiny_llama(37, vocab=64, layers=1), max_slots=3, max_len=MAX_LEN)
+    engine.replace_cache(max_len=MAX_LEN, plan=plan)
+    requests = [Request(0, (1, 2), 4), Request(1, (1, 2, 3), 20)]
+    run = run_requests(engine, requests, Sampling(greedy=True))
+    next(run)
+    use(engine)
+    with pytest.raises(InvalidArgument, match="used for something else before this run ended"):
+        list(run)
+    nested = run_requests(
+        engine, requests, Sampling(greedy=True), on_token=lambda *token: use(engine)
+    )
+    with pytest.raises(InvalidArgument, match="used for something else"):
+        list(nested)
+    assert len(engine.generate([[1, 2]], 3)) == 1  # and the engine goes on

@@ -105,7 +105,7 @@ def test_which_engine_and_what_the_stand_in_refuses():
     engine = TransformersEngine(gpt2, max_len=8)
     with pytest.raises(InvalidArgument, match="is empty"):
         engine.generate([[]], 2)
-    with pytest.raises(InvalidArgument, match="ids must lie"):
+    with pytest.raises(InvalidArgument, match="ids must be integers"):
         engine.generate([[100_000]], 2)
 
 
