@@ -29,6 +29,8 @@ COMMANDS = {
     "demo": "the whole river on a small real model",
     "experiments": "the paper's tables and figures on any model: list, run, report",
 }
+RESUMED = ("generate-data", "teacher-logits", "train", "quantize", "demo", "experiments")
+"""Commands whose work goes on where it was cut short."""
 PLAIN_ERRORS = (ValueError, TypeError, RuntimeError, ArithmeticError, OSError)
 
 
@@ -113,10 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = module.run(*parse_arguments(command, module.ARGUMENTS, rest))
         return 0 if status is None else int(status)
     except KeyboardInterrupt:
-        print(
-            f"llmqat {command}: interrupted; what was written stays valid, the run can resume",
-            file=sys.stderr,
-        )
+        resume = "; what was written stays valid, the run can resume" if command in RESUMED else ""
+        print(f"llmqat {command}: interrupted{resume}", file=sys.stderr)
         return 130
     except PLAIN_ERRORS as error:
         if os.environ.get("LLMQAT_TRACEBACK"):

@@ -36,6 +36,11 @@ def parse_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is not supported; use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: this machine or torch build has no CUDA; use cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name} is not there; this machine has cuda:0 to"
+            f" cuda:{torch.cuda.device_count() - 1}"
+        )
     return device
 
 

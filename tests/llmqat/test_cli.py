@@ -86,3 +86,16 @@ def test_info_json(capsys):
     )
     assert cli.main(["info"]) == 0
     assert "operators on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "resumes"), [("info", False), ("generate-data", True), ("bench", False)]
+)
+def test_an_interruption_promises_to_resume_only_what_can(command, resumes, monkeypatch, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupt)
+    assert cli.main([command]) == 130
+    assert ("resume" in capsys.readouterr().err) == resumes
+    assert set(cli.RESUMED) <= set(cli.COMMANDS)
