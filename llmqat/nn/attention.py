@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmqat.config import QuantSpec
+from llmqat.errors import ConfigError
 from llmqat.models import compat
 from llmqat.nn.quantizers import fake_quantize
 
@@ -67,8 +68,22 @@ def quantized_sdpa(
 def enable_kv_quantization(
     model: nn.Module, attentions: list[nn.Module], quantizer: KVQuantizer
 ) -> None:
-    """Give every attention module its quantizer and switch the model to :func:`quantized_sdpa`."""
+    """Give every attention module its quantizer and switch the model to :func:`quantized_sdpa`.
+
+    From then on an attention module refuses to run with any other function: keys and values would
+    not be quantized, and nothing would show it.
+    """
     compat.register_attention(ATTENTION_NAME, quantized_sdpa)
     for attention in attentions:
         setattr(attention, MODULE_ATTRIBUTE, quantizer)
+        attention.register_forward_pre_hook(_refuse_other_functions)
     compat.set_attention(model, ATTENTION_NAME)
+
+
+def _refuse_other_functions(module: nn.Module, args: object) -> None:
+    name = compat.attention_name(module)
+    if name != ATTENTION_NAME:
+        raise ConfigError(
+            f"attention: {name!r} would leave keys and values unquantized; go back with"
+            f" model.set_attn_implementation({ATTENTION_NAME!r})"
+        )

@@ -11,6 +11,7 @@ from transformers import StaticCache
 import llmqat_kernels as qk
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
+from llmqat.errors import ConfigError
 
 MODES = ("paper", "serving")
 
@@ -150,3 +151,27 @@ def test_a_plain_model_may_use_the_attention_by_name():
     before = model(tokens).logits
     model.set_attn_implementation("llmqat_sdpa")
     assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("stage", [prepare, convert])
+def test_another_attention_function_is_refused(stage):
+    """transformers would run it on keys and values that nothing has quantized."""
+    model = stage(tiny_llama(), QATConfig.parse("4-8-4", kv_mode="serving")).eval()
+    tokens = random_tokens(3, 1, 7)
+    before = model(tokens).logits
+    for one in (model, copy.deepcopy(model)):
+        one.set_attn_implementation("eager")
+        with pytest.raises(ConfigError, match="'eager' would leave keys and values unquantized"):
+            one(tokens)
+        one.set_attn_implementation("llmqat_sdpa")
+        assert torch.equal(one(tokens).logits, before)
+
+
+@pytest.mark.parametrize("stage", [prepare, convert])
+def test_paper_mode_takes_any_attention_function(stage):
+    """The projections quantize."""
+    model = stage(tiny_llama(), QATConfig.parse("4-8-4")).eval()
+    tokens = random_tokens(3, 1, 7)
+    before = model(tokens).logits
+    model.set_attn_implementation("eager")
+    assert torch.allclose(model(tokens).logits, before, atol=1e-4)
