@@ -9,7 +9,6 @@ killed loses one cell at most.
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ OURS, BASELINE = "ours", "baseline"
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
 """The backends side by side; on a CPU its own stand in, so that everything but the device runs."""
 ROUNDS = 3
+release = run.release
 Row = dict[str, Any]
 Gate = Callable[[Call], None]
 
@@ -151,14 +151,11 @@ def prepare(
     return ready, notes
 
 
-def check_alive(device: torch.device, name: str, note: str) -> None:
-    """Raise DeviceLost where the device does not answer any more."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except Exception as error:
-        raise DeviceLost(f"{name}: {note}; run again with --skip {name.split()[0]}") from error
+def check_alive(device: torch.device, name: str, note: str, advice: str = "") -> None:
+    """Raise DeviceLost where the device does not answer any more; ``advice``: what to do then."""
+    if not run.responds(device):
+        advice = advice or f"run again with --skip {name.split()[0]}"
+        raise DeviceLost(f"{name}: {note}; {advice}")
 
 
 def measure(
@@ -299,13 +296,6 @@ def within(budget: float, items: Sequence[Any], name: str) -> Iterator[Any]:
             print(f"\n--budget: {len(items) - index} {name} left out")
             return
         yield item
-
-
-def release(device: torch.device) -> None:
-    """Give memory back between shapes."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def timer_of(device: torch.device) -> Timer:

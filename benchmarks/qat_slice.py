@@ -19,6 +19,9 @@ through `saved_tensors_hooks`, without parameters; codes of weights, which live 
 weights, are counted beside them. They depend on the model, not on the device, and ours over plain
 not on the tokens: `--saved-only` counts them on a CPU at real widths, one candidate at a time. (The
 eager candidate also keeps a fake-quantized copy of every weight, whatever the tokens.)
+
+Results are written after every model, with and without checkpointing on its own. A candidate that
+raises or whose loss is wrong is named with the reason and not timed; then the exit status is 1.
 """
 
 from __future__ import annotations
@@ -28,11 +31,13 @@ import gc
 import inspect
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -43,14 +48,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmqat
 import llmqat_kernels as qk
+from benchmarks import cells
+from benchmarks.cells import DeviceLost
 from benchmarks.eager import PaperFakeQuantize
-from benchmarks.timing import cuda_seconds, interleaved, require_device, save, summary, wall_seconds
+from benchmarks.entry import reason_of
+from benchmarks.timing import interleaved, require_device, save, summary
 from llmqat.models import compat
 
 SETTING = "4-8-4"
 BARS = {"time over plain": 0.95, "eager over ours": 2.0, "saved over plain": 0.60}
 LOSS_TOLERANCE = 0.05
 MIB = 2**20
+MODES = {"checkpointing": True, "no checkpointing": False}
+"""README's figures are those with activation checkpointing: they come first."""
+Failed = dict[str, str]
+"""What could not be measured -> why."""
+Keep = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -214,12 +228,14 @@ class Step:
         assert self.teacher is not None  # None: forwards only
         with torch.no_grad():
             wanted = self.teacher.model(self.ids, use_cache=False).last_hidden_state
-        loss = qk.distillation_loss(
-            self.forward(), self.student.lm_head.weight, wanted, self.teacher.lm_head.weight
-        )
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            loss = qk.distillation_loss(
+                self.forward(), self.student.lm_head.weight, wanted, self.teacher.lm_head.weight
+            )
+            loss.backward()
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()  # half a backward that ran out of memory leaves nothing
         return loss.detach()
 
     def peak_bytes(self) -> int:
@@ -232,63 +248,142 @@ class Step:
         return torch.cuda.max_memory_allocated() - before
 
 
-def gate(steps: dict[str, Step]) -> dict[str, float]:
-    """The loss of every candidate after a warm-up step, or SystemExit: all finite, and the
-    quantized ones near each other.
+def attempt(name: str, failed: Failed, device: torch.device, call: Callable[[], T]) -> T | None:
+    """The result of ``call``; None where it raises: then ``failed`` says why, and memory is freed.
+
+    Raises:
+        DeviceLost: the device does not answer any more.
     """
-    losses = {name: float(step.run()) for name, step in steps.items()}
+    try:
+        return call()
+    except DeviceLost:
+        raise
+    except Exception as error:  # memory, a kernel: the others go on
+        failed[name] = reason_of(error)
+        advice = "run again without it (--model, --backend)"
+        cells.check_alive(device, name, failed[name], advice)
+    cells.release(device)
+    return None
+
+
+def gate(losses: dict[str, float]) -> Failed:
+    """Why a candidate is not timed: a loss must be finite, and a quantized one near the eager
+    candidate's.
+    """
+    eager = losses.get("eager", math.nan)
+    wrong = {}
     for name, loss in losses.items():
         if not math.isfinite(loss):
-            raise SystemExit(f"gate: {name} has loss {loss}")
-        if name != "plain" and not abs(loss / losses["eager"] - 1) <= LOSS_TOLERANCE:
-            raise SystemExit(f"gate: {name} has loss {loss}, eager {losses['eager']}")
-    return losses
+            wrong[name] = f"gate: loss {loss}"
+        elif name != "plain" and not abs(loss / eager - 1) <= LOSS_TOLERANCE:
+            wrong[name] = f"gate: loss {loss}, eager {eager}"
+    return wrong
 
 
-def measure(name: str, device: torch.device, rounds: int, deadline: float) -> dict[str, Any]:
-    """Times, memory and saved bytes of every candidate on one model."""
+def first_step(
+    sizes: Model,
+    change: Callable[[nn.Module], nn.Module],
+    teacher: nn.Module,
+    device: torch.device,
+) -> tuple[Step, float]:
+    """A candidate after a step, with activation checkpointing, and its loss."""
+    step = Step(sizes, change, teacher, device)
+    step.checkpointing(True)
+    return step, float(step.run())
+
+
+def measure(
+    name: str, device: torch.device, rounds: int, deadline: float, failed: Failed, keep: Keep
+) -> dict[str, Any]:
+    """Times, memory and saved bytes of every candidate on one model; ``keep`` gets what is known
+    after each mode, ``failed`` what could not be measured.
+    """
     sizes = MODELS[name]
     teacher = sizes.build(device, seed=2).eval().requires_grad_(False)
-    made = candidates()
-    steps = {key: Step(sizes, change, teacher, device) for key, change in made.items()}
-    losses = gate(steps)
-    result: dict[str, Any] = {"sizes": vars(sizes), "loss": losses}
-    for label, on in (("", False), ("checkpointing", True)):
-        if on and time.monotonic() > deadline:
-            result["left_out"] = "checkpointing: --budget"
+    made = {
+        key: attempt(
+            f"{name}, {key}", failed, device, partial(first_step, sizes, change, teacher, device)
+        )
+        for key, change in candidates().items()
+    }
+    losses = {key: found[1] for key, found in made.items() if found is not None}
+    wrong = gate(losses)
+    failed |= {f"{name}, {key}": why for key, why in wrong.items()}
+    steps = {key: found[0] for key, found in made.items() if found and key not in wrong}
+    del made
+    result: dict[str, Any] = {"sizes": vars(sizes), "loss": {key: losses[key] for key in steps}}
+    for index, (label, on) in enumerate(MODES.items()):
+        if index and time.monotonic() > deadline:
+            result["left_out"] = f"{label}: --budget"
             break
-        for step in steps.values():
-            step.checkpointing(on)
-        timer = cuda_seconds if device.type == "cuda" else wall_seconds
-        seconds = interleaved({k: s.run for k, s in steps.items()}, rounds, timer=timer)
-        found: dict[str, Any] = {
-            "seconds": {key: summary(values) for key, values in seconds.items()},
-            "saved_bytes": {key: saved_bytes(s.student, s.forward) for key, s in steps.items()},
-        }
-        if device.type == "cuda":
-            found["peak_bytes"] = {key: step.peak_bytes() for key, step in steps.items()}
-        found["ratios"] = ratios(found)
-        result[label or "no checkpointing"] = found
+        where = f"{name}, {label}"
+        mode = partial(measure_mode, where, steps, on, device, rounds, failed)
+        found = attempt(where, failed, device, mode)
+        if found:
+            result[label] = found
+            keep(result)
     return result
 
 
-def count_saved(name: str, device: torch.device, tokens: int | None) -> dict[str, Any]:
-    """Saved bytes of every candidate without checkpointing: forwards only, one model at a time."""
+def measure_mode(
+    name: str,
+    steps: dict[str, Step],
+    on: bool,
+    device: torch.device,
+    rounds: int,
+    failed: Failed,
+) -> dict[str, Any]:
+    """Every candidate with or without activation checkpointing; nothing if none can run."""
+    ready = {}
+    for key, step in steps.items():  # a first run of each does not count
+        step.checkpointing(on)
+        if attempt(f"{name}, {key}", failed, device, lambda s=step: float(s.run())) is not None:
+            ready[key] = step
+    if not ready:
+        return {}
+    runs = {key: step.run for key, step in ready.items()}
+    seconds = interleaved(runs, rounds, warmup=0, timer=cells.timer_of(device))
+    found: dict[str, Any] = {
+        "seconds": {key: summary(values) for key, values in seconds.items()},
+        "saved_bytes": {key: saved_bytes(s.student, s.forward) for key, s in ready.items()},
+    }
+    if device.type == "cuda":
+        found["peak_bytes"] = {key: step.peak_bytes() for key, step in ready.items()}
+    if compared := ratios(found):
+        found["ratios"] = compared
+    return found
+
+
+def count_saved(
+    name: str, device: torch.device, tokens: int | None, failed: Failed
+) -> dict[str, Any] | None:
+    """Saved bytes of every candidate without checkpointing: forwards only, one model at a time;
+    None where those of the plain one or of all of ours are missing.
+    """
     sizes = MODELS[name] if tokens is None else replace(MODELS[name], tokens=tokens)
+
+    def count(change: Callable[[nn.Module], nn.Module]) -> dict[str, int]:
+        step = Step(sizes, change, None, device)
+        return saved_bytes(step.student, step.forward)
+
     saved = {}
     for key, change in candidates().items():
-        step = Step(sizes, change, None, device)
-        saved[key] = saved_bytes(step.student, step.forward)
-        del step
+        found = attempt(f"{name}, {key}", failed, device, partial(count, change))
+        if found is not None:
+            saved[key] = found
         gc.collect()
+    if "plain" not in saved or "llmqat" not in saved:
+        return None
     plain = saved["plain"]["activations"]
     shares = {key: value["activations"] / plain for key, value in saved.items()}
     return {"sizes": vars(sizes), "saved_bytes": saved, "saved_over_plain": shares}
 
 
 def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures that the bars are about, for each of our forms."""
+    """The figures that the bars are about, for each of our forms; none without both baselines."""
     seconds = {key: value["p50"] for key, value in found["seconds"].items()}
+    if not {"plain", "eager"} <= set(seconds):
+        return {}
     saved = {key: value["activations"] for key, value in found["saved_bytes"].items()}
     result = {}
     for ours in (key for key in seconds if key.startswith("llmqat")):
@@ -323,14 +418,61 @@ def table(name: str, result: dict[str, Any]) -> str:
                 f" {p50:.1f} ({p20:.1f}-{p80:.1f}) | {'' if peak is None else f'{peak:.0f}'} |"
                 f" {saved['activations'] / MIB:.2f} ({saved['weight_codes'] / MIB:.2f}) |"
             )
-        for ours, values in found["ratios"].items():
+        for ours, values in found.get("ratios", {}).items():
             shown = ", ".join(f"{what} {value:.3f}" for what, value in values.items())
             lines.append(f"\n{ours}, {label}: {shown}")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Gate, measure, print; `--save` writes results/qat_slice_<device>.json."""
+class Kept:
+    """The models that were measured, on disk with `--save` as soon as there is one."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self._args, self._device = args, device
+        self.models: dict[str, Any] = {}
+        self.failed: Failed = {}
+
+    def put(self, name: str, result: dict[str, Any]) -> None:
+        """One model, or what is known of it."""
+        self.models[name] = result
+        if not self._args.save:
+            return
+        found = {"setting": SETTING, "models": self.models, "failed": self.failed}
+        if self._args.saved_only:
+            save("saved_activations", found, self._device)
+        else:
+            save(f"qat_slice_{self._device.type}", found | {"bars": BARS}, self._device)
+
+    def measure(self, name: str, deadline: float) -> None:
+        """Time one model."""
+        args, device = self._args, self._device
+        with nullcontext() if args.backend == "auto" else qk.use_backend(args.backend):
+            work = partial(
+                measure, name, device, args.rounds, deadline, self.failed, partial(self.put, name)
+            )
+            result = attempt(name, self.failed, device, work)
+        if result is not None:
+            print(table(name, result) + "\n", flush=True)
+        if name in self.models:
+            self.put(name, self.models[name])  # with what failed since
+
+    def count(self, name: str) -> None:
+        """Count the saved bytes of one model."""
+        found = count_saved(name, self._device, self._args.tokens, self.failed)
+        if found is not None:
+            shares = found["saved_over_plain"].items()
+            print(f"{name}, saved over plain: " + ", ".join(f"{k} {v:.3f}" for k, v in shares))
+            self.put(name, found)
+
+    def close(self) -> int:
+        """Name what failed; the exit status."""
+        for name, why in self.failed.items():
+            print(f"{name}: failed: {why}", file=sys.stderr)
+        return int(bool(self.failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Gate, measure, print; `--save` writes results/qat_slice_<device>.json. The exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", nargs="+", choices=tuple(MODELS))
@@ -348,27 +490,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--tokens belongs to --saved-only; steps are timed at the model's own tokens")
     device = require_device(args.device)
     torch.set_num_threads(args.threads)
+    return cells.guarded(lambda: run_models(args, device))
+
+
+def run_models(args: argparse.Namespace, device: torch.device) -> int:
+    """Every model within the budget; the exit status."""
     deadline = time.monotonic() + args.budget
-    models: dict[str, Any] = {}
+    kept = Kept(args, device)
     for name in args.model or DEFAULTS[args.device]:
         if time.monotonic() > deadline:
             print(f"{name}: left out by --budget")
-            continue
-        if args.saved_only:
-            models[name] = count_saved(name, device, args.tokens)
-            shares = models[name]["saved_over_plain"].items()
-            print(f"{name}, saved over plain: " + ", ".join(f"{k} {v:.3f}" for k, v in shares))
-            continue
-        with nullcontext() if args.backend == "auto" else qk.use_backend(args.backend):
-            models[name] = measure(name, device, args.rounds, deadline)
-        print(table(name, models[name]) + "\n", flush=True)
-        gc.collect()
-    if args.save and args.saved_only:
-        print(save("saved_activations", {"setting": SETTING, "models": models}, device))
-    elif args.save:
-        result = {"setting": SETTING, "bars": BARS, "models": models}
-        print(save(f"qat_slice_{args.device}", result, device))
+        elif args.saved_only:
+            kept.count(name)
+        else:
+            kept.measure(name, deadline)
+        cells.release(device)
+    return kept.close()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,22 +4,25 @@
 
 A row is timed only after its outputs equal the reference backend's. The op and its baselines take
 turns in one process, so a ratio holds when the machine's speed drifts; on a CUDA device as
-benchmarks/cuda.py says. Rows are appended to benchmarks/results/<device>.csv (not with --quick);
-`python -m benchmarks.report` turns them into docs/benchmarks.md. With --budget no row starts after
-that many seconds, and those left out are named. Exit status 1 if a row failed its gate, or without
-the device.
+benchmarks/cuda.py says. Rows are appended to benchmarks/results/<device>.csv after every case (not
+with --quick), so that a run that is ended keeps them; `python -m benchmarks.report` turns them into
+docs/benchmarks.md. With --budget no row starts after that many seconds, those that README's GPU
+table reads come first, and those left out are named. Whatever a case raises is the reason of its
+failed row, and the next one follows. Exit status 1 if a row failed, or without the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import io
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from benchmarks import cuda, optional
-from benchmarks.entry import Job, check_baselines, with_optional
+from benchmarks.entry import Job, check_baselines, reason_of, with_optional
 from benchmarks.registry import Case, cases
 from benchmarks.roofline import Roofline, describe, measure, repeated, repetitions
 from benchmarks.timing import (
@@ -58,6 +61,8 @@ COLUMNS = (
 )
 """``ratio``: a baseline's time over ours, the median of the rounds; above 1 we are faster. The last
 three on a GPU: ``graph`` or ``events``, copies of the inputs, memory of one call."""
+KEY = ("op", "variant", "shape", "dtype")
+"""The columns that name a case."""
 CLOCKS: dict[str, Timer] = {"wall": wall_seconds, "cpu": cpu_seconds}
 Row = dict[str, Any]
 
@@ -170,7 +175,8 @@ def run_case(
         job.gate()
         check_baselines(job)
     except AssertionError as error:
-        return [_head(case, backend, OURS) | {"gate": f"failed: {error}"}]
+        reason = " ".join(str(error).split())
+        return [_head(case, backend, OURS) | {"gate": f"failed: {reason}"}]
     if device.type == "cuda":
         job, missing = with_optional(job)
         measured = on_cuda(case, job, device, rounds)
@@ -181,6 +187,85 @@ def run_case(
         for name, reason in missing.items()
     ]
     return rows_of(case, backend, measured, roofline) + left_out
+
+
+def attempt(
+    case: Case,
+    device: torch.device,
+    timer: Timer,
+    roofline: Roofline,
+    rounds: int,
+    seconds: float,
+) -> list[Row]:
+    """`run_case`; whatever it raises (memory, a kernel that does not compile) is the reason of a
+    row without a time.
+    """
+    try:
+        return run_case(case, device, timer, roofline, rounds, seconds)
+    except Exception as error:  # kernels and packages of any kind: the other cases go on
+        reason = reason_of(error)
+    try:
+        backend = dispatch.resolve(case.entry.op, device.type, "auto").backend
+    except Exception:  # then this is what the case raised
+        backend = ""
+    return [_head(case, backend, OURS) | {"gate": f"failed: {reason}"}]
+
+
+def responds(device: torch.device) -> bool:
+    """Whether the device still answers; after a kernel broke its context nothing runs any more."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
+def release(device: torch.device) -> None:
+    """Give memory back between shapes, and after a failure."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def read_by_figures(chosen: Sequence[Case]) -> set[tuple[str, ...]]:
+    """The keys of the cases that README's GPU table reads: what its readers ask for."""
+    from benchmarks import gpu_figures  # which imports this module
+
+    asked: set[tuple[str, ...]] = set()
+
+    class Asked(gpu_figures.Results):
+        def find(
+            self, op: str, variant: str = "", least: tuple[str, int] | None = None
+        ) -> list[gpu_figures.Group]:
+            groups = super().find(op, variant, least)
+            asked.update(key_of(group[0]) for group in groups)
+            return groups
+
+    # A reader needs no times of a row that failed.
+    groups = [[_head(case, "", OURS) | {"gate": "failed: not run"}] for case in chosen]
+    for figure in gpu_figures.FIGURES:
+        figure.read(Asked(groups, {}))
+    return asked
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What names the case of a row."""
+    return tuple(row[column] for column in KEY)
+
+
+def most_important_first(chosen: Sequence[Case], device_type: str) -> list[Case]:
+    """The order under a budget: on a GPU what README's table reads, then the others; of both the
+    first shape of every entry first.
+    """
+    read = read_by_figures(chosen) if device_type == "cuda" else set()
+
+    def rank(case: Case) -> tuple[bool, int]:
+        shapes = case.entry.grid(device_type).shapes
+        return key_of(_head(case, "", OURS)) not in read, shapes.index(case.shape)
+
+    return sorted(chosen, key=rank)
 
 
 def table_head() -> str:
@@ -195,7 +280,8 @@ def table_line(rows: Sequence[Row]) -> str:
     name = f"{ours['op']} {ours['variant']}".strip()
     cells = [name, ours["shape"], ours["dtype"], ours["backend"]]
     if ours["gate"] != "passed":
-        return f"| {' | '.join(cells)} | gate {ours['gate']}; not timed | | | | |"
+        gate = ours["gate"].replace("|", "/")  # a bar in a message would be a column
+        return f"| {' | '.join(cells)} | gate {gate}; not timed | | | | |"
     p50, p20, p80 = (float(ours[f"{key}_us"]) for key in ("p50", "p20", "p80"))
     ratios = ", ".join(
         f"{row['candidate']} {float(row['ratio']):.2f}x" for row in baselines if row.get("ratio")
@@ -245,8 +331,75 @@ def where(clock: str, device: torch.device) -> Row:
     return {"time": now, "clock": clock, **known}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, append the rows; the exit status."""
+class Record:
+    """The rows of a run, appended to a file as they come (None: kept here only)."""
+
+    def __init__(self, path: Path | None, here: Row) -> None:
+        self._path, self._here = path, here
+        self.rows: list[Row] = []
+
+    def store(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with where they were measured, on disk."""
+        found = [self._here | row for row in rows]
+        if self._path is not None:
+            append(self._path, found)
+        return found
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """One case: its line on the terminal, its rows in the file."""
+        print(table_line(rows), flush=True)
+        self.rows += self.store(rows)
+
+    @property
+    def failed(self) -> int:
+        """Rows that failed."""
+        return sum(str(row.get("gate", "")).startswith("failed") for row in self.rows)
+
+    def close(self, device: torch.device) -> int:
+        """What was done, and what is missing in which row; the exit status."""
+        if device.type == "cuda":
+            packages = ", ".join(f"{name} {found}" for name, found in optional.versions().items())
+            print(f"\nOther packages: {packages}.")
+            reasons = {f"{r['candidate']}: {r['gate']}" for r in self.rows if _left_out(r)}
+            print("\n".join(sorted(reasons)))
+        slow = sorted({row["op"] for row in self.rows if row["backend"] == "reference"})
+        if slow:
+            print(f"\nOn the reference backend (no {device.type} kernel): {', '.join(slow)}.")
+        if self._path is not None:
+            print(f"\n{len(self.rows)} rows appended to {self._path}, {self.failed} failed")
+        return int(self.failed > 0)
+
+
+def run_cases(
+    chosen: Sequence[Case],
+    record: Record,
+    device: torch.device,
+    start: Callable[[Case], list[Row]],
+    deadline: float,
+) -> bool:
+    """Every case until the deadline (of time.monotonic); False if the device was lost."""
+    for index, case in enumerate(chosen):
+        if time.monotonic() > deadline:
+            names = "; ".join(f"{case.name}, {case.shape.label}" for case in chosen[index:])
+            print(f"\n--budget: {len(chosen) - index} rows left out: {names}.")
+            return True
+        rows = start(case)
+        record.add(rows)
+        if not responds(device):
+            left = len(chosen) - index - 1
+            print(
+                f"the device does not answer after {case.name}, {case.shape.label} (or one of its"
+                f" baselines): {left} rows left out",
+                file=sys.stderr,
+            )
+            return False
+        torch.compiler.reset()  # compiled baselines of one row must not count as recompilations
+        if rows[0]["gate"] != "passed":
+            release(device)
+    return True
+
+
+def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -266,6 +419,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, help="start no row after this many seconds")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of <device>.csv")
     parser.add_argument("--list", action="store_true", help="print the rows and their floors")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, append the rows; the exit status."""
+    parser = _arguments()
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:
         parser.error("--threads and --rounds must be at least 1")
@@ -283,43 +442,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f" {cost.bytes:,} bytes, {cost.flops + cost.int_ops:,} operations"
             )
         return 0
-    device = require_device(args.device)
-    start = time.monotonic()
+    return measure_all(args, chosen, require_device(args.device))
+
+
+def measure_all(args: argparse.Namespace, chosen: Sequence[Case], device: torch.device) -> int:
+    """The roofline, then every case; the exit status."""
+    deadline = math.inf
+    if args.budget is not None:
+        deadline = time.monotonic() + args.budget
+        chosen = most_important_first(chosen, args.device)
     torch.set_num_threads(args.threads)
     timer = cuda_seconds if args.device == "cuda" else CLOCKS[args.clock]
     rounds, seconds = (3, 0.002) if args.quick else (args.rounds, 0.02)
-
     here = where("events" if args.device == "cuda" else args.clock, device)
     print(", ".join(f"{key} {value}" for key, value in here.items() if value))
     roofline = measure(device, timer, seconds)
     print(f"{describe(roofline)}\n\n{table_head()}", flush=True)
-    if args.budget is not None:  # the first shape of every entry first
-        chosen.sort(key=lambda case: case.entry.grid(args.device).shapes.index(case.shape))
-    recorded: list[Row] = []
-    left_out: list[str] = []
-    for case in chosen:
-        if args.budget is not None and time.monotonic() - start > args.budget:
-            left_out.append(f"{case.name}, {case.shape.label}")
-            continue
-        rows = run_case(case, device, timer, roofline, rounds, seconds)
-        torch.compiler.reset()  # compiled baselines of one row must not count as recompilations
-        print(table_line(rows), flush=True)
-        recorded += [here | row for row in rows]
-    if left_out:
-        print(f"\n--budget: {len(left_out)} rows left out: {'; '.join(left_out)}.")
-    if args.device == "cuda":
-        packages = ", ".join(f"{name} {found}" for name, found in optional.versions().items())
-        print(f"\nOther packages: {packages}.")
-        reasons = {f"{r['candidate']}: {r['gate']}" for r in recorded if _left_out(r)}
-        print("\n".join(sorted(reasons)))
-    slow = sorted({row["op"] for row in recorded if row["backend"] == "reference"})
-    if slow:
-        print(f"\nOn the reference backend (no {args.device} kernel): {', '.join(slow)}.")
-    if not args.quick:
-        path = args.results / f"{args.device}.csv"
-        append(path, [here | row for row in _roofline_rows(roofline)] + recorded)
-        print(f"\n{len(recorded)} rows appended to {path}")
-    return int(any(str(row.get("gate", "")).startswith("failed") for row in recorded))
+    record = Record(None if args.quick else args.results / f"{args.device}.csv", here)
+    record.store(_roofline_rows(roofline))
+
+    def start(case: Case) -> list[Row]:
+        return attempt(case, device, timer, roofline, rounds, seconds)
+
+    answers = run_cases(chosen, record, device, start, deadline)
+    return record.close(device) or int(not answers)
 
 
 def _left_out(row: Row) -> bool:

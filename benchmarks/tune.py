@@ -7,6 +7,10 @@ kernel (``CANDIDATES`` of its file) must give the bits of the default tile, then
 with it. A candidate that is at least 2 % faster over all cases of the bucket goes into
 llmqat_kernels/backends/triton/tiles/sm_<arch>.json, from where launches take it; other buckets keep
 the kernel's own heuristic. Only forms that `benchmarks.kernel_report` checks are candidates.
+
+The table is written after every case, so that a run that is ended keeps what it found (for a bucket
+whose cases were not all measured: over those that were). A candidate that raises is refused; a case
+that does is named and left out, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -20,15 +24,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from benchmarks.entry import Job, everything
+from benchmarks import cells
+from benchmarks.cells import DeviceLost
+from benchmarks.entry import Job, everything, reason_of
 from benchmarks.kernel_forms import kernels_of, modules
-from benchmarks.registry import cases, op_names
+from benchmarks.registry import Case, cases, op_names
 from benchmarks.roofline import repeated, repetitions
 from benchmarks.timing import Timer, cuda_seconds, environment, interleaved
 from llmqat.io import write_text
@@ -41,6 +48,7 @@ GAIN = 0.98
 """A candidate must take at most this share of the default's time."""
 SECONDS = 0.01
 DEFAULT = "default"
+ADVICE = "run again without it (--op names the entries to measure)"
 Candidates = Mapping[str, Sequence[Any]]
 
 
@@ -107,7 +115,9 @@ Buckets = dict[tuple[str, str], Bucket]
 
 
 def refusal(call: Callable[[], Any], expected: Sequence[torch.Tensor]) -> str:
-    """Why the tile now forced cannot be used; an empty string if its result has the same bits."""
+    """Why the tile that ``call`` forces cannot be used; an empty string if its result has the same
+    bits.
+    """
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -117,6 +127,8 @@ def refusal(call: Callable[[], Any], expected: Sequence[torch.Tensor]) -> str:
         return f"does not fit: {error}"
     except AssertionError as error:
         return f"other bits: {error}".splitlines()[0]
+    except Exception as error:  # a compiler, memory: the other candidates go on
+        return f"failed: {reason_of(error)}"
     return ""
 
 
@@ -169,6 +181,8 @@ def _measure_op(
         why = refusal(with_tile(tile), expected)
         if why:
             bucket.refused[tile] = why
+            cells.check_alive(expected[0].device, f"{op} {tile}", why, ADVICE)
+            cells.release(expected[0].device)
         else:
             runs[name] = with_tile(tile)
     count = repetitions(runs[DEFAULT], timer, SECONDS)
@@ -185,12 +199,77 @@ def merged(before: Mapping[str, Any], buckets: Buckets, where: Mapping[str, Any]
     """The new table: buckets that were measured again are replaced, the others stay."""
     entries = {op: dict(found) for op, found in before["tiles"].items()}
     for (op, key), bucket in buckets.items():
+        if not bucket.default_us:
+            continue  # its cases failed: what was known stays
         entry = bucket.best()
         entries.setdefault(op, {}).pop(key, None)
         if entry:
             entries[op][key] = entry
     kept = {op: dict(sorted(found.items())) for op, found in sorted(entries.items()) if found}
     return {"arch": before["arch"], "source": "measured", **where, "tiles": kept}
+
+
+def case_or_reason(
+    case: Case,
+    device: torch.device,
+    choices: Candidates,
+    buckets: Buckets,
+    timer: Timer,
+    rounds: int,
+) -> list[tuple[str, str]] | str:
+    """What `measure` timed of a case, or why it could not.
+
+    Raises:
+        DeviceLost: the device does not answer any more.
+    """
+    try:
+        return measure(case.build(device), choices, buckets, timer, rounds)
+    except DeviceLost:
+        raise
+    except AssertionError as error:
+        return f"gate failed: {' '.join(str(error).split())}"
+    except Exception as error:  # memory, a compiler: the other cases go on
+        why = f"failed: {reason_of(error)}"
+        cells.check_alive(device, case.name, why, ADVICE)
+    return why
+
+
+def sweep(
+    chosen: Iterable[Case],
+    device: torch.device,
+    choices: Candidates,
+    timer: Timer,
+    rounds: int,
+    write: Callable[[Buckets], None],
+) -> tuple[Buckets, bool]:
+    """Every case, with ``write`` after each once there is a bucket; whether a case failed."""
+    buckets, failed = Buckets(), False
+    for case in chosen:
+        label = f"{case.name}, {case.shape.label}, {case.dtype_name}"
+        timed = case_or_reason(case, device, choices, buckets, timer, rounds)
+        if buckets:
+            write(buckets)
+        if isinstance(timed, str):
+            failed = True
+            print(f"{label}: {timed}", file=sys.stderr)
+            cells.release(device)
+            continue
+        for op, key in timed:
+            print(f"{label}: {op} {key}", flush=True)
+    return buckets, failed
+
+
+def writer(path: Path, arch: int, device: torch.device) -> Callable[[Buckets], None]:
+    """Writes the table of an architecture with what was measured so far in it."""
+    before, found = tiles.table(arch), environment(device)
+    where = {"device": found["processor"], **{k: found[k] for k in ("triton", "torch", "commit")}}
+
+    def write(buckets: Buckets) -> None:
+        text = json.dumps(merged(before, buckets, where), indent=1) + "\n"
+        tiles.parse(text, path.name)
+        write_text(path, text)
+
+    return write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,31 +285,24 @@ def main(argv: Sequence[str] | None = None) -> int:
               " on the GPU they are for", file=sys.stderr)  # fmt: skip
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
+    return cells.guarded(lambda: tune(options, device))
+
+
+def tune(options: argparse.Namespace, device: torch.device) -> int:
+    """Every case on a device, then what came of each bucket; the exit status."""
     arch = tiles.architecture(device)
     path = tiles.FOLDER / f"sm_{arch}.json"
-    choices, buckets = candidates(arch), Buckets()
-    before = tiles.table(arch)
-    failed = False
+    chosen = cases(options.op, device_type="cuda")
     with use_backend("triton"):
-        for case in cases(options.op, device_type="cuda"):
-            try:
-                timed = measure(case.build(device), choices, buckets, cuda_seconds, options.rounds)
-            except AssertionError as error:
-                failed = True
-                print(f"{case.name}, {case.shape.label}: gate failed: {error}", file=sys.stderr)
-                continue
-            for op, key in timed:
-                print(f"{case.name}, {case.shape.label}, {case.dtype_name}: {op} {key}")
+        buckets, failed = sweep(
+            chosen, device, candidates(arch), cuda_seconds, options.rounds,
+            writer(path, arch, device),
+        )  # fmt: skip
     for (op, key), bucket in buckets.items():
         for tile, why in bucket.refused.items():
             print(f"{op} {key}: {tile}: {why}", file=sys.stderr)
         print(f"{op} {key}: {bucket.best() or 'the default stays'}")
-    found = environment(device)
-    where = {"device": found["processor"], **{k: found[k] for k in ("triton", "torch", "commit")}}
-    text = json.dumps(merged(before, buckets, where), indent=1) + "\n"
-    tiles.parse(text, path.name)
-    write_text(path, text)
-    print(f"wrote {path.name}: {sum(1 for b in buckets.values() if b.best())} measured tiles")
+    print(f"{path.name}: {sum(1 for b in buckets.values() if b.best())} measured tiles")
     return int(failed)
 
 

@@ -1,5 +1,6 @@
 """Decoding a model with random weights: the gate, the candidates, what is stored."""
 
+import functools
 import json
 
 import pytest
@@ -55,6 +56,72 @@ def test_the_first_candidate_takes_turns_with_every_group():
     turns.add({"a": lambda: lambda: 2.0, "b": lambda: lambda: 3.0})
     turns.add({"c": lambda: lambda: 4.0})
     assert turns.rates == {"a": [2.0] * 4, "b": [3.0] * 2, "c": [4.0] * 2}
+
+
+def test_what_does_not_fit_together_is_measured_one_by_one(monkeypatch):
+    """Nothing of the others is alive then, the first candidate included; a note says so."""
+    alive = set()
+
+    class Candidate:
+        def __init__(self, name):
+            self.name = name
+            alive.add(name)
+
+        def __call__(self):
+            assert self.name != "c" or alive == {"c"}
+            return 2.0
+
+        def __del__(self):
+            alive.discard(self.name)
+
+    monkeypatch.setattr(decode_7b, "free_bytes", lambda device: 10.0)
+    turns = decode_7b.Turns(2, CPU, float("inf"))
+    turns.add({name: functools.partial(Candidate, name) for name in "ab"}, needed=9.0)
+    assert alive == {"a"} and turns.notes == {}
+    turns.add({"c": lambda: Candidate("c")}, needed=9.1)
+    assert alive == set() and turns.notes == {"c": decode_7b.ALONE}
+    turns.add({"d": lambda: Candidate("d")}, needed=1.0)
+    assert turns.rates == {name: [2.0, 2.0] for name in "abcd"}
+
+
+def test_a_candidate_that_fails_later_leaves_the_others():
+    rates = iter([1.0, 1.0])
+    turns = decode_7b.Turns(3, CPU, float("inf"))
+    turns.add({"a": lambda: lambda: next(rates), "b": lambda: lambda: 3.0})
+    assert turns.rates == {"a": [1.0], "b": [3.0] * 3}
+    assert turns.notes == {"a": "stopped in round 2: StopIteration"}
+    turns.add({"c": lambda: lambda: 4.0})  # in turns with the first that is left
+    assert turns.rates == {"a": [1.0], "b": [3.0] * 6, "c": [4.0] * 3}
+
+
+def test_a_batch_uses_the_float_model_up_and_decodes_the_same():
+    """Beside a large cache there is no room for the linears twice."""
+    tokens = {}
+    for batch in (1, 2):
+        bench = Bench("tiny", CPU, 24, 6)
+        model = bench.plain
+        for parameter in model.parameters():
+            parameter.data *= 6 if parameter.dim() > 1 else 1
+        decoder = bench.decoder(batch, int4=False)
+        assert (bench._float is None) == (batch > 1)
+        linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+        freed = [linear.weight is None for linear in linears if linear is not model.lm_head]
+        assert all(freed) if batch > 1 else not any(freed)
+        decoder.start([5] * batch, 0)
+        tokens[batch] = [decoder.step().tolist()[0] for _ in range(8)]
+    assert tokens[1] == tokens[2] and len(set(tokens[1])) > 2
+
+
+def test_large_batches_fit_what_they_should():
+    """A 7B model at batch 64: both engines together on 80 GB, and each on its own everywhere; the
+    decoder with its bf16 cache beside one engine on 141 GB only."""
+    bench = Bench("llama-7b", CPU, 2048, 128)
+    own, compiled = (bench.needed(64, list(group)) for group in bench.decoding(64))
+    share = decode_7b.MEMORY_SHARE
+    first = bench.needed(64, [f"{OURS}, steps"])
+    assert own < share * 80e9 and compiled < 83e9
+    assert share * (84e9 - first) < compiled < share * (149e9 - first)
+    assert bench.needed(1, [OURS, EAGER]) > bench.needed(1, [EAGER]) > bench.needed(2, [COMPILED])
 
 
 def test_arrivals_count_from_the_moment_all_have_a_token(monkeypatch):

@@ -29,10 +29,10 @@ STEP = {
 }
 
 
-def write(results, time=1.0, own=1.0):
-    """A cuda.csv of every case: each baseline so many times slower than ours."""
+def write(results, time=1.0, chosen=None):
+    """A cuda.csv of every case (or of some): each baseline so many times slower than ours."""
     rows = []
-    for case in cases(device_type="cuda"):
+    for case in cases(device_type="cuda") if chosen is None else chosen:
         floor, _ = ROOF.bound(case.cost, case.dtype)
         seconds = {run.OURS: [time * floor / 0.9]}
         seconds |= {name: [time * ratio * floor / 0.9] for name, ratio in OTHERS.items()}
@@ -107,6 +107,40 @@ def test_a_failed_gate_is_said(measured):
     head |= {"dtype": "bfloat16", "candidate": run.OURS, "gate": "failed: output 0"}
     run.append(measured / "cuda.csv", [HERE | head])
     assert f"gate failed at {case.shape.label}: bar missed" in table(measured)
+
+
+def test_a_run_that_is_cut_short_has_the_rows_of_the_table_first(measured):
+    every = list(cases(device_type="cuda"))
+    ordered = run.most_important_first(every, "cuda")
+    count = len(run.read_by_figures(every))
+    assert 0 < count < len(every) == len(ordered)
+    whole = table(measured)
+    (measured / "cuda.csv").unlink()
+    write(measured, chosen=ordered[:count])
+    assert table(measured) == whole
+    (measured / "cuda.csv").unlink()
+    write(measured, chosen=ordered[count:])
+    gpu_rows = [f for f in gpu_figures.FIGURES if f.command == gpu_figures.RUN]
+    from_files = sum("equality" in str(f.read) or "QAT step" in f.name for f in gpu_rows)
+    from_files += sum("invariance" in str(f.read) for f in gpu_rows)
+    assert table(measured).count(f"| {gpu_figures.MISSING} |") == len(gpu_rows) - from_files
+
+
+def test_a_case_that_raised_is_never_a_number(measured):
+    """Its row has no time: the figures that read it say so, the page of rows too."""
+    rows = [
+        {"op": c.entry.op, "variant": c.entry.variant, "shape": c.shape.label}
+        | {"dtype": c.dtype_name, "candidate": run.OURS, "gate": "failed: OutOfMemoryError: a | b"}
+        for c in cases(device_type="cuda")
+    ]
+    run.append(measured / "cuda.csv", [HERE | row for row in rows])
+    text = table(measured)
+    assert "9.00x" not in text and "1.70x" not in text and "| 90 % (" not in text
+    assert "| 5.0 % (" not in text and text.count("gate failed at") > 5
+    page = report.kernel_tables(measured).split("### Some GPU")[1].split("\n\n")[2]
+    lines = set(page.splitlines())
+    assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
+    assert sum("gate failed: OutOfMemoryError: a / b; not timed" in x for x in lines) == len(rows)
 
 
 def test_the_last_gpu_is_shown(measured):

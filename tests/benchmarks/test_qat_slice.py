@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import qat_slice, timing
+from benchmarks import gpu_figures, qat_slice, report, timing
 from benchmarks.qat_slice import MODELS, saved_bytes
 
 CPU = torch.device("cpu")
@@ -14,7 +14,15 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tiny():
-    return qat_slice.measure("tiny", CPU, rounds=1, deadline=float("inf"))
+    failed, kept = {}, []
+    result = qat_slice.measure(
+        "tiny", CPU, 1, float("inf"), failed, lambda known: kept.append(set(known))
+    )
+    assert not failed
+    assert kept[0] == {"sizes", "loss", "checkpointing"} and kept[1] == kept[0] | {
+        "no checkpointing"
+    }
+    return result
 
 
 def test_every_candidate_is_measured_with_and_without_checkpointing(tiny):
@@ -57,7 +65,7 @@ def test_a_shared_storage_counts_once():
 
 
 def test_counting_alone_gives_the_same_bytes(tiny):
-    found = qat_slice.count_saved("tiny", CPU, None)
+    found = qat_slice.count_saved("tiny", CPU, None, {})
     assert found["saved_bytes"] == tiny["no checkpointing"]["saved_bytes"]
     assert found["saved_over_plain"]["plain"] == 1.0
 
@@ -74,27 +82,98 @@ def test_the_eager_model_quantizes_linears_keys_and_values():
     assert type(model.lm_head) is nn.Linear
 
 
-def test_the_gate_stops_a_step_that_computes_something_else():
-    class Fixed:
-        def __init__(self, loss):
-            self.run = lambda: torch.tensor(loss)
-
-    with pytest.raises(SystemExit, match="llmqat has loss"):
-        qat_slice.gate({"plain": Fixed(9.0), "eager": Fixed(1.0), "llmqat": Fixed(2.0)})
-    with pytest.raises(SystemExit, match="plain has loss nan"):
-        qat_slice.gate({"plain": Fixed(float("nan")), "eager": Fixed(1.0)})
+def test_the_gate_names_a_step_that_computes_something_else():
+    assert qat_slice.gate({"plain": 9.0, "eager": 1.0, "llmqat": 1.04}) == {}
+    wrong = qat_slice.gate({"plain": float("nan"), "eager": 1.0, "llmqat": 2.0})
+    assert wrong == {"plain": "gate: loss nan", "llmqat": "gate: loss 2.0, eager 1.0"}
+    assert set(qat_slice.gate({"plain": 9.0, "llmqat": 1.0})) == {"llmqat"}  # nothing to compare
 
 
-def test_the_command_prints_and_saves(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def saved_here(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     threads = torch.get_num_threads()
-    qat_slice.main(["--model", "tiny", "--rounds", "1", "--save"])
-    qat_slice.main(["--model", "tiny", "--saved-only", "--tokens", "16", "--save"])
+    yield tmp_path
     torch.set_num_threads(threads)
+
+
+def break_candidate(monkeypatch, name):
+    """A candidate whose making raises."""
+    real = qat_slice.candidates()
+
+    def broken(model):
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(qat_slice, "candidates", lambda: real | {name: broken})
+
+
+def test_a_candidate_that_raises_is_named_and_the_others_are_timed(monkeypatch, saved_here, capsys):
+    break_candidate(monkeypatch, "llmqat fused")
+    assert qat_slice.main(["--model", "tiny", "--rounds", "1", "--save"]) == 1
+    assert "tiny, llmqat fused: failed: RuntimeError: CUDA out of memory" in capsys.readouterr().err
+    step = json.loads((saved_here / "qat_slice_cpu.json").read_text())
+    assert step["failed"] == {"tiny, llmqat fused": "RuntimeError: CUDA out of memory"}
+    ratios = step["models"]["tiny"]["checkpointing"]["ratios"]
+    assert set(ratios) == {"llmqat"} and set(step["models"]["tiny"]["loss"]) == {
+        "plain",
+        "eager",
+        "llmqat",
+    }
+
+
+@pytest.mark.parametrize("name", ["plain", "eager", "llmqat"])
+def test_the_report_reads_what_a_failure_leaves(monkeypatch, saved_here, capsys, name):
+    break_candidate(monkeypatch, name)
+    assert qat_slice.main(["--model", "tiny", "--rounds", "1", "--save"]) == 1
+    assert qat_slice.main(["--model", "tiny", "--saved-only", "--save"]) == 1
+    step = saved_here / "qat_slice_cpu.json"
+    if step.exists():
+        step.rename(saved_here / "qat_slice_cuda.json")
+    text = gpu_figures.table(saved_here, report.read_result)
+    lines = [line for line in text.splitlines() if "QAT step" in line]
+    assert len(lines) == 2
+    assert all(("not yet measured" in line) == (name != "llmqat") for line in lines)
+    saved = [line for line in text.splitlines() if "Saved activations" in line]
+    assert all(("not yet measured" in line) == (name != "eager") for line in saved)
+
+
+def test_a_model_that_raises_leaves_the_others(monkeypatch, saved_here, capsys):
+    real = MODELS["tiny"]
+    broken = qat_slice.replace(real, heads=3)  # no divisor of the width
+    monkeypatch.setattr(qat_slice, "MODELS", {"bad": broken, "tiny": real})
+    assert qat_slice.main(["--model", "bad", "tiny", "--rounds", "1", "--save"]) == 1
+    step = json.loads((saved_here / "qat_slice_cpu.json").read_text())
+    assert set(step["models"]) == {"tiny"} and set(step["failed"]) == {"bad"}
+
+
+def test_a_run_that_is_ended_keeps_what_it_measured(monkeypatch, saved_here):
+    real = qat_slice.measure_mode
+
+    def ended(name, steps, on, *args):
+        if not on:
+            raise KeyboardInterrupt
+        return real(name, steps, on, *args)
+
+    monkeypatch.setattr(qat_slice, "measure_mode", ended)
+    with pytest.raises(KeyboardInterrupt):
+        qat_slice.main(["--model", "tiny", "--rounds", "1", "--save"])
+    step = json.loads((saved_here / "qat_slice_cpu.json").read_text())
+    assert "ratios" in step["models"]["tiny"]["checkpointing"]
+    assert "no checkpointing" not in step["models"]["tiny"]
+
+
+def test_a_budget_leaves_out_the_steps_without_checkpointing(capsys):
+    found = qat_slice.measure("tiny", CPU, 1, 0.0, {}, lambda known: None)
+    assert found["left_out"] == "no checkpointing: --budget" and "checkpointing" in found
+
+
+def test_the_command_prints_and_saves(saved_here, capsys):
+    assert qat_slice.main(["--model", "tiny", "--rounds", "1", "--save"]) == 0
+    assert qat_slice.main(["--model", "tiny", "--saved-only", "--tokens", "16", "--save"]) == 0
     out = capsys.readouterr().out
     assert "saved over plain" in out and "| on | plain |" in out
-    step = json.loads((tmp_path / "qat_slice_cpu.json").read_text())
-    saved = json.loads((tmp_path / "saved_activations.json").read_text())
+    step = json.loads((saved_here / "qat_slice_cpu.json").read_text())
+    saved = json.loads((saved_here / "saved_activations.json").read_text())
     assert set(step["models"]) == {"tiny"} and step["environment"]["torch"] == torch.__version__
     assert saved["models"]["tiny"]["sizes"]["tokens"] == 16
 

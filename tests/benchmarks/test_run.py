@@ -2,6 +2,10 @@
 
 import csv
 import dataclasses
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from benchmarks.timing import wall_seconds
 from llmqat_kernels.errors import InvalidArgument
 
 ROOF = Roofline({1: 1e9}, fp32=1e9, bf16=1e9, int8=1e9)
+CPU = torch.device("cpu")
 CASE = next(cases(["pack_int4"]))
 
 
@@ -111,6 +116,90 @@ def test_a_run_appends_its_rows(small_roofline, tmp_path, capsys):
     for row in rows:
         assert row["torch"] == torch.__version__ and row["time"] and row["threads"] == "1"
     assert all(row["ratio"] for row in rows if row["candidate"] == "eager")
+
+
+def raising(case, error):
+    """The case with a build that raises."""
+
+    def build(*args):
+        raise error
+
+    return dataclasses.replace(case, entry=dataclasses.replace(case.entry, build=build))
+
+
+def test_whatever_a_case_raises_is_a_row_and_the_others_go_on(
+    small_roofline, monkeypatch, tmp_path, capsys
+):
+    first, *_, last = cases(["pack_int4", "unpack_int4"])
+    error = RuntimeError("CUDA out of memory | 1\nsecond line")
+    monkeypatch.setattr(run, "cases", lambda *_: [raising(first, error), last])
+    assert run.main(["--rounds", "1", "--results", str(tmp_path)]) == 1
+    line = capsys.readouterr().out.splitlines()
+    assert any("gate failed: RuntimeError: CUDA out of memory / 1; not timed" in x for x in line)
+    rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
+    bad, good, *_ = [row for row in rows if row["op"] != "roofline"]
+    assert bad["gate"] == "failed: RuntimeError: CUDA out of memory | 1"
+    assert (bad["op"], bad["p50_us"], bad["candidate"]) == ("pack_int4", "", run.OURS)
+    assert bad["backend"] and bad["time"]
+    assert (good["op"], good["gate"]) == ("unpack_int4", "passed") and float(good["p50_us"]) > 0
+
+
+def test_rows_are_on_disk_after_every_case(small_roofline, monkeypatch, tmp_path):
+    first, *_, last = cases(["pack_int4", "unpack_int4"])
+    monkeypatch.setattr(run, "cases", lambda *_: [first, raising(last, KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--rounds", "1", "--results", str(tmp_path)])
+    rows = csv.DictReader((tmp_path / "cpu.csv").open())
+    assert {row["op"] for row in rows} == {"roofline", "pack_int4"}
+
+
+HANGS = """
+import dataclasses, sys, time
+from benchmarks import roofline, run
+from benchmarks.registry import cases
+roofline.FOOTPRINTS, roofline.GEMM_SIZE = {"cpu": (2**14,)}, {"cpu": 64}
+first, *_, last = cases(["pack_int4", "unpack_int4"])
+entry = dataclasses.replace(last.entry, build=lambda *_: time.sleep(600))
+run.cases = lambda *_: [first, dataclasses.replace(last, entry=entry)]
+run.main(["--rounds", "1", "--results", sys.argv[1]])
+"""
+
+
+def test_a_run_that_is_ended_keeps_its_rows(tmp_path):
+    path, until = tmp_path / "cpu.csv", time.monotonic() + 120
+    process = subprocess.Popen([sys.executable, "-c", HANGS, str(tmp_path)])
+    try:
+        while not (path.exists() and ",pack_int4," in path.read_text()):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+    finally:
+        process.kill()
+    rows = list(csv.DictReader(path.open()))
+    assert rows[-1]["op"] == "pack_int4" and [p.name for p in tmp_path.iterdir()] == ["cpu.csv"]
+
+
+def test_a_device_that_does_not_answer_ends_the_run(monkeypatch, tmp_path, capsys):
+    first, *_, last = cases(["pack_int4", "unpack_int4"])
+    started = []
+
+    def start(case):
+        started.append(case)
+        return run.attempt(raising(case, RuntimeError("illegal access")), CPU, *[None] * 4)
+
+    monkeypatch.setattr(run, "responds", lambda device: False)
+    record = run.Record(tmp_path / "cpu.csv", {})
+    assert not run.run_cases([first, last], record, CPU, start, float("inf"))
+    assert started == [first] and record.failed == 1 and record.close(CPU) == 1
+    assert "does not answer after pack_int4" in capsys.readouterr().err
+
+
+def test_the_first_shape_of_every_entry_comes_first_on_a_cpu():
+    chosen = list(cases())
+    ordered = run.most_important_first(chosen, "cpu")
+    places = [case.entry.cpu.shapes.index(case.shape) for case in ordered]
+    assert places == sorted(places) and len(ordered) == len(chosen)
 
 
 def test_quick_records_nothing(small_roofline, tmp_path, capsys):
