@@ -30,22 +30,23 @@ from llmqat_kernels import KVCache
 from llmqat_kernels import nn as qnn
 from llmqat_kernels.errors import InvalidArgument
 
+HIDDEN = -1e3
+"""What a float mask adds at most where it hides: softmax has nothing left there in any dtype."""
+READABLE = "give the mask of all tokens so far, 1 for tokens, 0 for padding"
+
 
 @dataclass(frozen=True)
 class _Tokens:
     """The tokens of one forward, which all layers share: slot, position and visible length of each,
-    int64 [n]; ``kept`` are their places among the B * T columns, or None if that is all.
+    int64 [n]; ``kept`` are their places among the B * T columns, or None if that is all. ``real``
+    is bool [B, columns]: which columns hold tokens, those of this forward being the last.
     """
 
     slots: Tensor
     positions: Tensor
     lengths: Tensor
     kept: Tensor | None
-
-    @property
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three numbers of every token."""
-        return self.slots, self.positions, self.lengths
+    real: Tensor
 
     def pick(self, rows: Tensor) -> Tensor:
         """Their rows of [B * T, ...]."""
@@ -90,10 +91,7 @@ class QuantizedLayer(compat.CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """ConfigError: an attention module of another model has called."""
-        raise ConfigError(
-            "past_key_values: this QuantizedCache was made for another model; make one with"
-            " QuantizedCache(model)"
-        )
+        raise _another_model()
 
     def reset(self) -> None:
         """Forget every token."""
@@ -119,12 +117,34 @@ class QuantizedLayer(compat.CacheLayerMixin):
             },
         )
 
+    def reserve(self, batch: int, key: Tensor, bits: int, mode: str) -> KVCache:
+        """The store for ``batch`` sequences of keys like ``key``, [B, T, Hkv, D].
+
+        A store without tokens may have served another batch size: nothing keeps its slots.
+        """
+        store = self.store
+        if store is None or (self.seen == 0 and len(store.k_codes) != batch):
+            heads, width = key.shape[2:]
+            self.store = None  # its memory is free before the next is taken
+            store = self.store = KVCache.allocate(
+                batch,
+                heads,
+                self.max_len,
+                width,
+                bits=bits,
+                mode=mode,
+                device=key.device,
+                dtype=key.dtype,
+            )
+        return store
+
 
 class QuantizedCache(compat.Cache):
     """A ``past_key_values`` of 4- or 8-bit codes (or 16-bit floats) for a LLaMA-family model.
 
-    Causal attention over left- or right-padded batches; sequences of one cache stay together.
-    Beam search, cropping and batch selection work; attention weights are not given.
+    Causal attention over left- or right-padded batches, with the masks of sdpa or eager attention;
+    sequences of one cache stay together. Beam search, cropping and batch selection work; attention
+    weights are not given. A forward that is refused leaves the cache as it was.
 
     Args:
         model: plain, prepared or converted; its attention modules are changed so that they fill
@@ -163,21 +183,40 @@ class QuantizedCache(compat.Cache):
         self.max_len = default_max_len(model) if max_len is None else max_len
         if not 1 <= self.max_len <= longest:
             raise InvalidArgument(f"max_len: {self.max_len} is outside 1..{longest}")
-        attentions = [
-            block.get_submodule(family.attention) for _, block in iter_blocks(model, family)
-        ]
+        # as many as the model runs: it may hold more blocks than its config says
+        blocks = [block for _, block in iter_blocks(model, family)]
+        blocks = blocks[: model.config.num_hidden_layers]
+        attentions = [block.get_submodule(family.attention) for block in blocks]
         super().__init__(layers=[QuantizedLayer(self.max_len) for _ in attentions])
         device = model.model.embed_tokens.weight.device
         self.cos, self.sin = rotary_tables(model.model.rotary_emb, self.max_len, device)
-        self._lengths: Tensor | None = None
+        self.made_for = (
+            family.architecture,
+            len(attentions),
+            model.config.num_key_value_heads,
+            config.kv_bits,
+            config.kv_mode,
+            _rotation(model),
+        )
+        self._real: Tensor | None = None
         self._tokens: _Tokens | None = None
+        self._masks: list[Tensor | None] = []
         for attention in attentions:
-            _connect(attention)
+            _connect(attention, self.made_for)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales, as allocated."""
         return sum(layer.store.nbytes for layer in self.layers if layer.store is not None)
+
+    def check_model(self, made_for: tuple[Any, ...], layers: int) -> None:
+        """ConfigError unless a model with this :attr:`made_for`, running ``layers`` blocks, fills
+        the cache.
+
+        Copies of one model do. With fewer blocks no forward would come to its end.
+        """
+        if made_for != self.made_for or layers < len(self.layers):
+            raise _another_model()
 
     def attend(
         self,
@@ -193,91 +232,134 @@ class QuantizedCache(compat.Cache):
 
         Args:
             query: [B, T, H, D] before RoPE. key, value: [B, T, Hkv, D], key before RoPE.
-            mask: of transformers, [B or 1, 1, T, columns], or None.
+            mask: of transformers, bool (True is seen) or added floats [B or 1, 1 or H, T, columns];
+                None hides no column.
 
         Returns:
             [B, T, H * D].
 
         Raises:
-            InvalidArgument: more than ``max_len`` tokens, or positions that do not count them.
+            InvalidArgument: no tokens or more than ``max_len``, another number of sequences, a mask
+                that is not causal over padded batches, or positions that do not count the tokens.
+            ConfigError: the mask of an attention function that has its own kind.
         """
         batch, length = query.shape[:2]
-        layer = self.layers[index]
         if index == 0:
-            self._tokens = self._next_tokens(batch, length, mask, position_ids, query.device)
+            self._tokens = self._next_tokens(query, mask, position_ids)
+            self._masks = [mask]
         tokens = self._tokens
         assert tokens is not None
-        if layer.store is None:
-            layer.store = KVCache.allocate(
-                batch,
-                key.shape[2],
-                self.max_len,
-                key.shape[3],
-                bits=self.bits,
-                mode=self.mode,
-                device=key.device,
-                dtype=key.dtype,
-            )
+        self._check_other_mask(mask, tokens, length)
+        store = self.layers[index].reserve(batch, key, self.bits, self.mode)
         q, k, v = (tokens.pick(heads.flatten(0, 1)).contiguous() for heads in (query, key, value))
-        qk.rope_quantize_append(
-            k, v, self.cos, self.sin, layer.store, tokens.slots, tokens.positions
-        )
+        qk.rope_quantize_append(k, v, self.cos, self.sin, store, tokens.slots, tokens.positions)
         mixed = qk.attention_decode(
             qk.rope(q, self.cos, self.sin, tokens.positions),
-            layer.store,
+            store,
             self.cos,
             self.sin,
             tokens.slots,
             tokens.lengths,
             scaling=scaling,
         )
-        layer.seen += length
+        if index == len(self.layers) - 1:
+            self._commit(tokens.real)
         return tokens.spread(mixed, batch * length).view(batch, length, -1)
 
     def _next_tokens(
+        self, query: Tensor, mask: Tensor | None, position_ids: Tensor | None
+    ) -> _Tokens:
+        """Which columns hold tokens, and where those go; the cache stays as it is."""
+        batch, length = query.shape[:2]
+        before = self._columns_before(batch, length, query.device)
+        new = _new_columns(mask, before, length)
+        real = torch.cat((before, new), dim=1)
+        self._check_capacity(real)
+        places = before.sum(1, keepdim=True) + new.cumsum(1) - 1
+        whole = self._check_values(new, real, places, mask, position_ids)
+        slots = torch.arange(batch, device=query.device)[:, None].expand(batch, length)
+        kept = None if whole else new.flatten().nonzero().flatten()
+        rows = (slots.flatten(), places.flatten(), places.flatten() + 1)
+        if kept is not None:
+            rows = (rows[0][kept], rows[1][kept], rows[2][kept])
+        return _Tokens(*rows, kept, real)
+
+    def _columns_before(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """bool [B, seen]: which columns of the cache hold tokens."""
+        if not batch or not length:
+            raise InvalidArgument(
+                f"input_ids: {batch} sequences of {length} new tokens; give at least one of each"
+            )
+        real = self._real
+        if real is None or real.shape[1] == 0:
+            return torch.zeros((batch, 0), dtype=torch.bool, device=device)
+        if len(real) != batch:
+            raise InvalidArgument(
+                f"past_key_values: holds {len(real)} sequences, not {batch}; make another cache"
+            )
+        return real
+
+    def _check_capacity(self, real: Tensor) -> None:
+        """Reads the device only where padding decides."""
+        if real.shape[1] > self.max_len and int(real.sum(1).max()) > self.max_len:
+            raise InvalidArgument(
+                f"past_key_values: {int(real.sum(1).max())} tokens, max_len is {self.max_len}"
+            )
+
+    def _check_values(
         self,
-        batch: int,
-        length: int,
+        new: Tensor,
+        real: Tensor,
+        places: Tensor,
         mask: Tensor | None,
         position_ids: Tensor | None,
-        device: torch.device,
-    ) -> _Tokens:
-        """Which columns hold tokens, and where those go."""
-        seen = self.layers[0].seen
-        if self._lengths is None or seen == 0:
-            self._lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        if self._lengths.shape[0] != batch:
-            raise InvalidArgument(
-                f"past_key_values: holds {self._lengths.shape[0]} sequences, not {batch}; make"
-                " another cache"
-            )
-        real = torch.ones((batch, length), dtype=torch.bool, device=device)
-        if mask is not None:  # causal: a token sees itself, padding sees nothing
-            itself = mask[:, 0].diagonal(offset=seen, dim1=-2, dim2=-1)
-            real &= itself if itself.dtype == torch.bool else itself == 0
-        places = self._lengths[:, None] + real.cumsum(1) - 1
-        kept = None if bool(real.all()) else real.flatten().nonzero().flatten()
-        self._lengths = self._lengths + real.sum(1)
-        if seen + length > self.max_len and int(self._lengths.max()) > self.max_len:
-            raise InvalidArgument(
-                f"past_key_values: {int(self._lengths.max())} tokens, max_len is {self.max_len}"
-            )
-        if position_ids is not None and not torch.equal(
-            places[real], position_ids.expand(batch, length)[real]
-        ):
+    ) -> bool:
+        """Check mask and positions; whether every new column is a token.
+
+        All answers come in one read: on a GPU each read waits for everything before it.
+        """
+        counted = torch.ones((), dtype=torch.bool, device=new.device)
+        if position_ids is not None:
+            counted = ((places == position_ids) | ~new).all()
+        # padding alone is how a padded prompt may begin; later it is a mask without the past
+        some = new.any() | ~real.any()
+        answers = (new.all(), some, _is_causal(mask, real, new), counted)
+        whole, visible, causal, in_order = torch.stack(answers).tolist()
+        if not visible:
+            raise InvalidArgument(f"attention_mask: it hides every new token; {READABLE}")
+        if not causal:
+            raise _not_causal()
+        if not in_order:
             raise InvalidArgument(
                 "position_ids: a QuantizedCache counts the tokens of each sequence from 0; leave"
                 " them out"
             )
-        slots = torch.arange(batch, device=device)[:, None].expand(batch, length).flatten()
-        tokens = _Tokens(slots, places.flatten(), places.flatten() + 1, kept)
-        return tokens if kept is None else _Tokens(*map(tokens.pick, tokens.rows), kept)
+        return bool(whole)
+
+    def _check_other_mask(self, mask: Tensor | None, tokens: _Tokens, length: int) -> None:
+        """Models with windows in some layers have two masks; each is checked once per forward."""
+        if any(mask is known for known in self._masks):
+            return
+        new = tokens.real[:, -length:]
+        if mask is not None:
+            _check_form(mask, new.shape[0], length, tokens.real.shape[1])
+        if not bool(_is_causal(mask, tokens.real, new)):
+            raise _not_causal()
+        self._masks.append(mask)
+
+    def _commit(self, real: Tensor) -> None:
+        """Let ``real`` be the columns seen. A forward calls it at its end: if one stops on the way,
+        what it wrote lies behind the tokens that count.
+        """
+        self._real, self._tokens, self._masks = real, None, []
+        for layer in self.layers:
+            layer.seen = real.shape[1]
 
     def reset(self) -> None:
-        """Forget every token; the allocated store is used again."""
+        """Forget every token; the allocated store is used again if as many sequences follow."""
         for layer in self.layers:
             layer.reset()
-        self._lengths = None
+        self._real, self._tokens, self._masks = None, None, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i continues what ``beam_idx[i]`` holds."""
@@ -285,29 +367,26 @@ class QuantizedCache(compat.Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices``, int64 [n], in that order."""
-        if self._lengths is None:
+        if self._real is None:
             return
-        self._lengths = self._lengths.index_select(0, indices.to(self._lengths.device))
+        self._real = self._real.index_select(0, indices.to(self._real.device))
         for layer in self.layers:
             layer.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence ``repeats`` times, one behind the other."""
-        if self._lengths is not None:
-            rows = torch.arange(len(self._lengths), device=self._lengths.device)
+        if self._real is not None:
+            rows = torch.arange(len(self._real), device=self._real.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens of every sequence; a positive number is what
-        remains.
+        """Forget the last ``-tokens_to_remove`` columns, padding included, or all if there are
+        fewer; a positive number is what remains.
         """
         seen = self.layers[0].seen
-        removed = max(seen - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
-        if self._lengths is None or removed == 0:
-            return
-        self._lengths = (self._lengths - removed).clamp(min=0)
-        for layer in self.layers:
-            layer.seen -= removed
+        removed = seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if self._real is not None and removed > 0:
+            self._commit(self._real[:, : max(seen - removed, 0)])
 
 
 class CachedAttention(nn.Module):
@@ -315,13 +394,22 @@ class CachedAttention(nn.Module):
     projections gave; otherwise it is the class it was.
     """
 
+    made_for: tuple[Any, ...]
+    """:attr:`QuantizedCache.made_for` of its model; a tuple, so that a copied model keeps it."""
+
     def forward(
         self, hidden_states: Any, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As the class below: hidden states [B, T, K] -> [B, T, K] and no attention weights."""
+        """As the class below: hidden states [B, T, K] -> [B, T, K] and no attention weights.
+
+        Raises:
+            ConfigError: a cache of another model, and what :meth:`QuantizedCache.attend` raises.
+        """
         if not isinstance(past_key_values, QuantizedCache):
             return super().forward(hidden_states, *args, past_key_values=past_key_values, **kwargs)
         a: Any = self
+        if a.layer_idx == 0:
+            past_key_values.check_model(self.made_for, a.config.num_hidden_layers)
         query, key, value = (
             _without_output_quantizer(linear)(hidden_states).unflatten(-1, (-1, a.head_dim))
             for linear in (a.q_proj, a.k_proj, a.v_proj)
@@ -343,13 +431,81 @@ class CachedAttention(nn.Module):
 _CLASSES: dict[type, type] = {}
 
 
-def _connect(attention: nn.Module) -> None:
+def _connect(attention: nn.Module, made_for: tuple[Any, ...]) -> None:
     cls = type(attention)
-    if isinstance(attention, CachedAttention):
-        return
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(f"Cached{cls.__name__}", (CachedAttention, cls), {})
-    qnn.become(attention, _CLASSES[cls])
+    if not isinstance(attention, CachedAttention):
+        if cls not in _CLASSES:
+            _CLASSES[cls] = type(f"Cached{cls.__name__}", (CachedAttention, cls), {})
+        cls = _CLASSES[cls]
+    qnn.become(attention, cls, made_for=made_for)
+
+
+def _rotation(model: Any) -> tuple[float, ...]:
+    """cos and sin [D / 2] of position 1: all other positions follow from them."""
+    # always from a table of two positions: a longer one may round the same angle otherwise
+    tables = rotary_tables(model.model.rotary_emb, 2, model.model.embed_tokens.weight.device)
+    return tuple(torch.cat([table[1] for table in tables]).tolist())
+
+
+def _another_model() -> ConfigError:
+    return ConfigError(
+        "past_key_values: this QuantizedCache was made for another model; make one with"
+        " QuantizedCache(model)"
+    )
+
+
+def _not_causal() -> InvalidArgument:
+    return InvalidArgument(
+        "attention_mask: only causal attention over padded batches, without windows and without"
+        f" hiding or showing other tokens; {READABLE}"
+    )
+
+
+def _check_form(mask: Any, batch: int, length: int, columns: int) -> None:
+    """Refuse what is no mask [B or 1, 1 or H, T, columns]."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        form = f"a {mask.dim()}-D mask" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ConfigError(
+            f"attn_implementation: a QuantizedCache reads the 4-D masks of sdpa and eager, not"
+            f' {form}; call model.set_attn_implementation("sdpa")'
+        )
+    if mask.shape[0] not in (1, batch) or mask.shape[2:] != (length, columns):
+        raise InvalidArgument(
+            f"attention_mask: shape {list(mask.shape)} is not [{batch}, 1, {length}, {columns}]"
+            f" (sequences, heads, new tokens, all tokens); {READABLE}"
+        )
+
+
+def _shown_and_hidden(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a mask lets a token see and where not; a bias of a float mask is neither."""
+    return (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask <= HIDDEN)
+
+
+def _new_columns(mask: Tensor | None, before: Tensor, length: int) -> Tensor:
+    """bool [B, T]: which new columns hold tokens. Causal: a token sees itself, padding sees
+    nothing.
+    """
+    batch, seen = before.shape
+    if mask is None:
+        return torch.ones((batch, length), dtype=torch.bool, device=before.device)
+    _check_form(mask, batch, length, seen + length)
+    itself = mask[:, 0].diagonal(offset=seen, dim1=-2, dim2=-1)
+    return ~_shown_and_hidden(itself)[1].expand(batch, length)
+
+
+def _is_causal(mask: Tensor | None, real: Tensor, new: Tensor) -> Tensor:
+    """bool []: whether every token sees the tokens up to itself, and no others.
+
+    Args:
+        real: bool [B, columns], which columns hold tokens. new: its last T.
+    """
+    if mask is None:  # transformers leaves it out where nothing is hidden
+        return real.all()
+    length, columns = mask.shape[-2:]
+    causal = real.new_ones((length, columns)).tril(columns - length)
+    shown, hidden = _shown_and_hidden(mask)
+    agrees = torch.where(real[:, None, None, :] & causal, shown, hidden)
+    return (agrees | ~new[:, None, :, None]).all()  # what padding sees does not matter
 
 
 def _without_output_quantizer(linear: nn.Module) -> nn.Module:
