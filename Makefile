@@ -12,7 +12,8 @@ CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
 CSRC := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 # Pickle and remote code (a checkpoint must not run anything), and compiler modes that change numbers.
 BANNED := '\btorch\.load\(|allow_pickle|trust_remote_code=True|use_fast_math|-ffast-math|ATen/cuda|yaml\.load\('
-NEWEST_TESTS := tests/triton $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py)
+NEWEST_TESTS := tests/triton $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py \
+	quantized_cache.py quantized_cache_masks.py quantized_cache_state.py transformers_engine.py)
 
 .PHONY: help venv demo test test-slow test-newest test-gpu lint format bench bench-gpu kernels check-kernels sass tune clean
 
