@@ -129,7 +129,7 @@ class HealthMonitor:
                 x = parts.quantize(spec.activation.bits, values=spec.ste_clip is not None)
             if spec.activation.has_codes and spec.activation.group_size == -1:
                 if isinstance(x, QuantizedRows):
-                    x, codes, _ = x
+                    x, codes = x.values, x.codes
                 else:
                     codes, _ = qk.quantize(x.detach(), spec.activation.bits)
                 _add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_input
 from ..checks import FLOAT_DTYPES, check_same_device, check_shape, check_tensor
 from ..errors import InvalidArgument, InvalidArgumentType
 
@@ -32,6 +33,10 @@ def distillation_loss(
         chunk_size: tokens whose logits exist at one time.
         vocab_size: only the first rows of both heads, where they are padded; None for all.
 
+    Under autocast hidden states and heads are cast as a linear's would be. A student that is
+    trained in fp16 is computed in fp32, since fp16 would flush gradients that carry 1/n and no loss
+    scale yet; bf16 is faster.
+
     Returns:
         fp32 scalar, mean over valid tokens; differentiable in the student's hidden states and head.
     """
@@ -39,6 +44,8 @@ def distillation_loss(
     check_tensor("teacher_hidden", teacher_hidden, FLOAT_DTYPES, 2)
     check_tensor("student_head", student_head, FLOAT_DTYPES, 2)
     check_tensor("teacher_head", teacher_head, FLOAT_DTYPES, 2)
+    student_hidden, student_head = _student(student_hidden, student_head)
+    teacher_hidden, teacher_head = autocast_input(teacher_hidden), autocast_input(teacher_head)
     tokens = tuple(student_hidden.shape[:-1])
     if tuple(teacher_hidden.shape[:-1]) != tokens:
         raise InvalidArgument(
@@ -67,6 +74,17 @@ def distillation_loss(
         chunk_size,
     )
     return loss
+
+
+def _student(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and head as they are computed with: trained in fp16, in fp32. The backward of
+    that cast applies the loss scale before it rounds to fp16.
+    """
+    hidden, head = autocast_input(hidden), autocast_input(head)
+    trained = hidden.requires_grad or head.requires_grad
+    if trained and torch.float16 == hidden.dtype == head.dtype:
+        return hidden.float(), head.float()
+    return hidden, head
 
 
 def _real_rows(name: str, head: Tensor, vocab_size: int | None) -> Tensor:
@@ -134,6 +152,8 @@ def distillation_loss_logits(
     """
     check_tensor("student_logits", student_logits, FLOAT_DTYPES, 2)
     check_tensor("teacher_logits", teacher_logits, FLOAT_DTYPES, 2)
+    if student_logits.dtype == torch.float16 and student_logits.requires_grad:
+        student_logits = student_logits.float()  # as in distillation_loss
     student_logits = _real_columns("student_logits", student_logits, vocab_size)
     teacher_logits = _real_columns("teacher_logits", teacher_logits, vocab_size)
     check_shape("teacher_logits", teacher_logits, tuple(student_logits.shape))
@@ -177,7 +197,9 @@ def distillation_loss_top_k(
     Args:
         student_hidden: float [..., H]. student_head: [V, H].
         probabilities: float [..., k] of the entries ``tokens`` int64 [..., k], distinct in a row
-            where the probability is not 0; all others count as 0, and a row need not sum to 1.
+            where the probability is not 0; all others count as 0, and a row need not sum to 1. With
+            probability 0 any number may stand for a token; with another, one outside the vocabulary
+            makes the loss NaN.
         valid, chunk_size, vocab_size: as in :func:`distillation_loss`.
 
     Returns:
@@ -187,10 +209,13 @@ def distillation_loss_top_k(
     check_tensor("student_head", student_head, FLOAT_DTYPES, 2)
     check_tensor("probabilities", probabilities, FLOAT_DTYPES, 2)
     check_tensor("tokens", tokens, (torch.int64,), 2)
+    student_hidden, student_head = _student(student_hidden, student_head)
     student_head = _real_rows("student_head", student_head, vocab_size)
     rows = tuple(student_hidden.shape[:-1])
-    k = probabilities.shape[-1]
-    _check_head("student", student_head, student_hidden, student_head.shape[0])
+    k, vocab = probabilities.shape[-1], student_head.shape[0]
+    if not 1 <= k <= vocab:
+        raise InvalidArgument(f"probabilities: {k} a token must be 1..{vocab}, the vocabulary")
+    _check_head("student", student_head, student_hidden, vocab)
     check_shape("probabilities", probabilities, (*rows, k))
     check_shape("tokens", tokens, (*rows, k))
     valid = _flat_valid(valid, rows)
@@ -227,10 +252,10 @@ def sample(
 
     Args:
         logits: float [n, V]. record, step: int64 [n]: with ``seed`` they alone decide the noise,
-            so the
-            result does not depend on batching or order.
+            so the result does not depend on batching or order.
         greedy: bool [n], rows that take the largest logit instead; None samples all.
-        temperature: > 0. top_k: 0 samples from the full softmax.
+        seed: any int64. temperature: > 0, a normal fp32 number.
+        top_k: 0 samples from the full softmax.
 
     Returns:
         int64 [n]; -1 for a row with NaN or no finite logit.
@@ -245,12 +270,29 @@ def sample(
         greedy = torch.zeros(n, dtype=torch.bool, device=logits.device)
     check_tensor("greedy", greedy, (torch.bool,))
     check_shape("greedy", greedy, (n,))
+    _check_temperature(temperature)
+    if top_k < 0:
+        raise InvalidArgument(f"top_k: {top_k} must be 0 (off) or positive")
+    _check_seed(seed)
+    return ops.sample(logits, record, step, greedy, seed, temperature, top_k)
+
+
+def _check_temperature(temperature: float) -> None:
+    """The logits are divided by its fp32 value, which must be neither 0 nor infinite."""
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not temperature > 0:
         raise InvalidArgument(
             f"temperature: {temperature} must be positive; use greedy for the largest logit"
         )
-    if top_k < 0:
-        raise InvalidArgument(f"top_k: {top_k} must be 0 (off) or positive")
+    if not smallest <= temperature <= largest:
+        raise InvalidArgument(
+            f"temperature: {temperature} is not a normal fp32 number; use {smallest:.2g} to"
+            f" {largest:.2g}"
+        )
+
+
+def _check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InvalidArgumentType(f"seed: expected an int, got {type(seed).__name__}")
-    return ops.sample(logits, record, step, greedy, seed, temperature, top_k)
+    if not -(2**63) <= seed < 2**63:
+        raise InvalidArgument(f"seed: {seed} does not fit into int64; use -2^63 to 2^63 - 1")

@@ -12,11 +12,12 @@ the projections and any attention. Nothing here knows a model family.
 >>> y = qnn.QATLinear(64, 32, bits=bits)(rows)
 """
 
+from ..autocast import autocast_input
 from .adoption import become
 from .linear import LinearBits, QATLinear, TakesRows
 from .norm import QuantizedRMSNorm, RMSNorm
 from .rotary import QuantizedKV
-from .rows import GatedRows, QuantizedRows, autocast_input
+from .rows import GatedRows, QuantizedRows
 from .swiglu import QuantizedSwiGLU
 from .weight_codes import WeightCodes
 

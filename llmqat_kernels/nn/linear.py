@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import llmqat_kernels as qk
 
+from ..autocast import autocast_input
 from ..checks import check_bits, check_group_size
-from ..errors import InvalidArgumentType
+from ..errors import InvalidArgument, InvalidArgumentType
 from .adoption import become
-from .rows import GatedRows, QuantizedRows, autocast_input
+from .rows import GatedRows, QuantizedRows
 from .weight_codes import WeightCodes
 
 
@@ -106,6 +107,8 @@ class QATLinear(nn.Linear):
         """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec
         3, 4).
         """
+        if not torch.compiler.is_compiling() and self._weight_codes.keep and _is_gathered(self):
+            self.keep_codes(False)
         bits = self.bits
         return self._weight_codes.get(self.weight, bits.w_bits, bits.group_size, bits.scale_dtype)
 
@@ -115,7 +118,7 @@ class QATLinear(nn.Linear):
 
     def keep_codes(self, keep: bool) -> None:
         """Whether to compute the weight's codes once per optimizer step (the default) or in every
-        forward: for weights that exist only during a forward (FSDP).
+        forward: for weights that exist only during a forward. Under FSDP it is always the latter.
         """
         self.clear_cache()
         self._weight_codes.keep = keep
@@ -123,6 +126,9 @@ class QATLinear(nn.Linear):
     def forward(self, x: Tensor | QuantizedRows | GatedRows) -> Tensor:
         """x float [..., K] or rows of that shape -> [..., N] in x's dtype (for a float x under
         autocast: the autocast dtype).
+
+        Raises:
+            InvalidArgument: rows of other bits than this linear's a_bits.
         """
         bits = self.bits
         codes, scale = self.weight_codes()
@@ -133,7 +139,8 @@ class QATLinear(nn.Linear):
             "ste_clip": bits.ste_clip,
         }
         if isinstance(x, QuantizedRows):
-            return qk.qat_matmul(*x, self.weight, self.bias, **options)
+            _check_rows(x, bits)
+            return qk.qat_matmul(x.values, x.codes, x.scale, self.weight, self.bias, **options)
         if isinstance(x, GatedRows):
             return qk.silu_mul_qat_matmul(*x, self.weight, self.bias, a_bits=bits.a_bits, **options)
         return qk.qat_linear(
@@ -149,6 +156,14 @@ class QATLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, W{self.bits.w_bits}A{self.bits.a_bits}"
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a change of it forgets the weight codes. Around an evaluation weights are
+        often swapped behind autograd's back (`p.data.copy_(ema)`).
+        """
+        if mode != self.training:
+            self.clear_cache()
+        return super().train(mode)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.clear_cache()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -163,3 +178,27 @@ def _check(in_features: int, bits: LinearBits) -> None:
     check_bits("w_bits", bits.w_bits)
     check_bits("a_bits", bits.a_bits)
     check_group_size(in_features, bits.group_size)
+
+
+def _check_rows(rows: QuantizedRows, bits: LinearBits) -> None:
+    if rows.bits != bits.a_bits:
+        raise InvalidArgument(
+            f"x: rows of {rows.bits} bits, but this linear has a_bits {bits.a_bits}; give it and"
+            " the producer the same"
+        )
+
+
+def _is_gathered(module: nn.Module) -> bool:
+    """Whether FSDP or `replicate` manages the parameters of `module`.
+
+    They gather a weight into the same tensor before each forward, past its version counter. torch
+    marks the modules for its compiler (`fully_shard` and the FSDP before it); `replicate` leaves
+    only the hook by which it follows `load_state_dict`.
+    """
+    if "_is_fsdp_managed_module" in module.__dict__:
+        return True
+    hooks = module._load_state_dict_post_hooks
+    return bool(hooks) and any(
+        (getattr(hook, "__module__", None) or "").startswith("torch.distributed.")
+        for hook in hooks.values()
+    )

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 import llmqat_kernels as qk
 
+from ..autocast import autocast_input
+from ..errors import InvalidArgumentType
 from .adoption import become
 from .linear import LinearBits
-from .rows import QuantizedRows, autocast_input
+from .rows import QuantizedRows
 
 
 class _Norm(nn.Module):
@@ -48,7 +50,11 @@ class RMSNorm(_Norm):
     def adopt(cls, norm: nn.Module, eps: float) -> Self:
         """Turn `norm`, any module whose only parameter is `weight` [K], into this class: same
         object, parameter, hooks and name.
+
+        Raises:
+            InvalidArgumentType: no such weight, or another parameter (a bias) that would not act.
         """
+        _check_adoptable(norm)
         return become(norm, cls, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +88,11 @@ class QuantizedRMSNorm(_Norm):
     def adopt(cls, norm: nn.Module, bits: LinearBits, eps: float) -> Self:
         """Turn `norm`, any module whose only parameter is `weight` [K], into this class: same
         object, parameter, hooks and name.
+
+        Raises:
+            InvalidArgumentType: no such weight, or another parameter (a bias) that would not act.
         """
+        _check_adoptable(norm)
         return become(norm, cls, bits=bits, eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[QuantizedRows, Tensor]:
@@ -99,7 +109,20 @@ class QuantizedRMSNorm(_Norm):
             residual=None if residual is None else autocast_input(residual),
             values=self.bits.needs_values,
         )
-        return QuantizedRows(y, codes, scale), total
+        return QuantizedRows(y, codes, scale, self.bits.a_bits), total
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, A{self.bits.a_bits}"
+
+
+def _check_adoptable(norm: nn.Module) -> None:
+    """`norm` has the parameter `weight` [K] and no other: what is not read would not train."""
+    kind, parameters = type(norm).__name__, dict(norm.named_parameters())
+    weight = parameters.pop("weight", None)
+    if weight is None or weight.dim() != 1:
+        raise InvalidArgumentType(f"norm: {kind} has no parameter weight [K]; give it one")
+    if parameters:
+        raise InvalidArgumentType(
+            f"norm: {kind} has parameters besides weight ({', '.join(parameters)}), which an"
+            " RMSNorm does not read; remove them"
+        )

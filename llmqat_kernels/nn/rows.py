@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 import llmqat_kernels as qk
+
+from ..autocast import autocast_input
 
 
 class QuantizedRows(NamedTuple):
@@ -16,12 +17,13 @@ class QuantizedRows(NamedTuple):
     Attributes:
         values: float [..., K]; carries shape, dtype and gradient. Its numbers are those of the
             codes, or absent: one stored NaN, expanded (a gradient handle).
-        codes: int8 [..., K]. scale: fp32 [...].
+        codes: int8 [..., K]. scale: fp32 [...]. bits: of the codes, 2..8.
     """
 
     values: Tensor
     codes: Tensor
     scale: Tensor
+    bits: int
 
     @classmethod
     def quantize(cls, x: Tensor, bits: int) -> QuantizedRows:
@@ -29,7 +31,7 @@ class QuantizedRows(NamedTuple):
         through to x (spec 6).
         """
         x = autocast_input(x)
-        return cls(x, *qk.quantize(x.detach(), bits))
+        return cls(x, *qk.quantize(x.detach(), bits), bits)
 
 
 class GatedRows(NamedTuple):
@@ -45,14 +47,4 @@ class GatedRows(NamedTuple):
 
     def quantize(self, bits: int, *, values: bool = False) -> QuantizedRows:
         """Its codes; without ``values`` they come with a gradient handle."""
-        return QuantizedRows(*qk.silu_mul_quantize_train(*self, bits, values=values))
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x in the autocast dtype of its device, as `nn.Linear` would cast it; x itself without
-    autocast. The operators have fixed dtypes and do not know about autocast.
-    """
-    device = x.device.type
-    if x.is_floating_point() and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return QuantizedRows(*qk.silu_mul_quantize_train(*self, bits, values=values), bits)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from ..errors import InvalidArgumentType
+from ..errors import InvalidArgument, InvalidArgumentType
 from .adoption import become
 from .linear import TakesRows
 from .rows import GatedRows, QuantizedRows
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class QuantizedSwiGLU(nn.Module):
@@ -17,7 +19,12 @@ class QuantizedSwiGLU(nn.Module):
     product in between exists as codes only, which backward computes anew (spec 14, 19).
 
     Args:
-        gate_proj, up_proj, down_proj: linears that take rows (:class:`QATLinear`).
+        gate_proj, up_proj, down_proj: linears that take rows (:class:`QATLinear`); gate and up with
+            the same a_bits.
+
+    Raises:
+        InvalidArgumentType: one of them takes no rows. InvalidArgument: a_bits of gate and up
+            differ.
     """
 
     gate_proj: TakesRows
@@ -27,6 +34,7 @@ class QuantizedSwiGLU(nn.Module):
     def __init__(self, gate_proj: TakesRows, up_proj: TakesRows, down_proj: TakesRows) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        _check_projections(self)
 
     @classmethod
     def adopt(cls, mlp: nn.Module) -> Self:
@@ -34,11 +42,10 @@ class QuantizedSwiGLU(nn.Module):
         children, hooks and names.
 
         Raises:
-            InvalidArgumentType: a child is missing or takes no rows.
+            InvalidArgumentType: a child is missing or takes no rows. InvalidArgument: as the
+                constructor.
         """
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            if not hasattr(getattr(mlp, name, None), "bits"):
-                raise InvalidArgumentType(f"mlp: {name} is not a linear that takes rows; adopt it")
+        _check_projections(mlp)
         return become(mlp, cls)
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
@@ -46,3 +53,17 @@ class QuantizedSwiGLU(nn.Module):
         if isinstance(x, Tensor):
             x = QuantizedRows.quantize(x, self.gate_proj.bits.a_bits)
         return self.down_proj(GatedRows(self.gate_proj(x), self.up_proj(x)))
+
+
+def _check_projections(mlp: nn.Module) -> None:
+    """The children of `mlp` take rows, gate and up the same ones."""
+    children: list[Any] = [getattr(mlp, name, None) for name in PROJECTIONS]
+    for name, child in zip(PROJECTIONS, children, strict=True):
+        if not hasattr(child, "bits"):
+            raise InvalidArgumentType(f"mlp: {name} is not a linear that takes rows; adopt it")
+    gate, up = (child.bits.a_bits for child in children[:2])
+    if gate != up:
+        raise InvalidArgument(
+            f"mlp: gate_proj has a_bits {gate} and up_proj {up}; they read the same codes, so give"
+            " them the same"
+        )

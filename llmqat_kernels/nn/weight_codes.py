@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 import llmqat_kernels as qk
 
@@ -38,13 +40,13 @@ class WeightCodes:
     """The codes of one weight, shared by micro-batches, activation checkpointing and backward.
 
     They are found stale by tensor, address, version counter, optimizer steps and settings; after
-    writing through `weight.data` in any other way call :meth:`clear`. While torch.compile traces,
-    nothing is kept, nor ever where `keep` is False: for weights that exist only during a forward
-    (FSDP). A copy or a pickle is empty: it will belong to another weight.
+    writing through `weight.data` in any other way call :meth:`clear`. Nothing is kept while a graph
+    is traced or captured, nor ever where `keep` is False: for weights that exist only during a
+    forward (FSDP). A copy or a pickle is empty: it will belong to another weight.
     """
 
-    def __init__(self) -> None:
-        self.keep = True
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
         self._entry: _Entry | None = None
 
     def get(
@@ -59,8 +61,11 @@ class WeightCodes:
                 weight.detach(), bits, group_size=group_size, scale_dtype=scale_dtype
             )
 
-        passing = torch.compiler.is_compiling() or weight.is_meta or weight.is_inference()
-        if passing or not self.keep:
+        if torch.compiler.is_compiling() or not self.keep or _passing(weight):
+            return quantize()
+        if _captured(weight):
+            # Replays may write the weight, and nothing here would know.
+            self.clear()
             return quantize()
         # A view (the transpose of a parameter) is made anew for every forward: its base is what
         # lives on.
@@ -70,8 +75,10 @@ class WeightCodes:
         entry = self._entry
         if entry is not None and entry.weight() is owner and entry.key == key:
             return entry.codes, entry.scale
-        # Codes made under inference_mode could not be saved for a later backward.
-        with torch.inference_mode(False):
+        # Codes made under inference_mode could not be saved for a later backward. A mode that
+        # records operators to give their results back in a second pass (selective activation
+        # checkpointing) must see them in both passes or in none, and the second finds them here.
+        with torch.inference_mode(False), _disable_current_modes():
             codes, scale = quantize()
         self._entry = _Entry(weakref.ref(owner), key, codes, scale)
         return codes, scale
@@ -80,5 +87,24 @@ class WeightCodes:
         """Forget the codes."""
         self._entry = None
 
-    def __reduce__(self) -> tuple[type[WeightCodes], tuple[()]]:
-        return WeightCodes, ()
+    def __reduce__(self) -> tuple[type[WeightCodes], tuple[bool]]:
+        return WeightCodes, (self.keep,)
+
+
+def _passing(weight: Tensor) -> bool:
+    """Whether `weight` is no lasting memory of its own: a stand-in, a shard, or written to a graph
+    that would hold its codes as constants.
+    """
+    if weight.is_meta or weight.is_inference():
+        return True
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return True
+    modes = _get_current_dispatch_mode_stack()
+    if modes and any(mode.is_infra_mode() for mode in modes):
+        return True
+    return _len_torch_dispatch_stack_pre_dispatch() > 0
+
+
+def _captured(weight: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which would replay without the kept codes' kernel."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()

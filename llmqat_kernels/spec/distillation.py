@@ -103,7 +103,7 @@ def distillation_loss_top_k(
 
     ``probabilities`` float [n, k] of the vocabulary entries ``tokens`` int64 [n, k], which are
     distinct in a row where the probability is not 0; every other entry has probability 0. Rows need
-    not sum to 1.
+    not sum to 1. A token outside the vocabulary is nothing with probability 0, else NaN.
     """
     rows_total = student_hidden.shape[0]
     count = rows_total if valid is None else int(valid.sum())
@@ -115,10 +115,13 @@ def distillation_loss_top_k(
         hidden = student_hidden[rows]
         student = torch.log_softmax((hidden @ student_head.T).to(torch.float32), dim=-1)
         p = probabilities[rows].to(torch.float32)
-        picked = student.gather(-1, tokens[rows])
+        inside = (tokens[rows] >= 0) & (tokens[rows] < student.shape[-1])
+        p = torch.where(inside | (p == 0), p, torch.full_like(p, torch.nan))
+        places = torch.where(inside, tokens[rows], torch.zeros_like(tokens[rows]))
+        picked = student.gather(-1, places)
         losses = -torch.where(p == 0, torch.zeros_like(p), p * picked).sum(-1)
         gradient = torch.exp(student) * p.sum(-1, keepdim=True)
-        gradient.scatter_add_(-1, tokens[rows], -p)
+        gradient.scatter_add_(-1, places, -p)
         if valid is not None:
             losses = torch.where(valid[rows], losses, torch.zeros_like(losses))
             gradient = torch.where(valid[rows].unsqueeze(-1), gradient, torch.zeros_like(gradient))

@@ -239,3 +239,64 @@ def test_bad_arguments_name_the_argument(backend):
         qk.distillation_loss(hidden, half, teacher_hidden, teacher_head)
     with pytest.raises(InvalidArgumentType, match=r"tokens: dtype torch\.int32"):
         qk.distillation_loss_top_k(hidden, head, p, tokens.int())
+
+
+@pytest.mark.parametrize("form", ["hidden", "logits", "top k"])
+def test_a_loss_scale_saves_the_gradients_of_an_fp16_student(backend, form):
+    """They carry 1/n: rounded to fp16 before the scale reaches them, the small ones are lost. And
+    GradScaler's first scale is no number of fp16.
+    """
+    tokens, vocabulary, scale = (2, 6), 257, 2.0**16
+    made = make(tokens, vocabulary, width=16, teacher_width=16)
+    hidden, head, teacher_hidden, teacher_head = (x.detach().half() for x in made)
+    probabilities = (teacher_hidden.float() @ teacher_head.float().T).softmax(-1)
+
+    def loss_of(x, w):
+        if form == "hidden":
+            return qk.distillation_loss(x, w, teacher_hidden, teacher_head)
+        if form == "logits":
+            return qk.distillation_loss_logits(x @ w.T, teacher_hidden @ teacher_head.T)
+        return qk.distillation_loss_top_k(x, w, *probabilities.topk(40))
+
+    leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+    got = torch.autograd.grad(loss_of(*leaves) * scale, leaves)
+    wide = [x.double().requires_grad_() for x in (hidden, head)]
+    p = probabilities.double()
+    if form == "top k":
+        kept, places = p.topk(40)
+        p = torch.zeros_like(p).scatter_(-1, places, kept)
+    want = torch.autograd.grad(plain(wide[0] @ wide[1].T, p), wide)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float16 and a.isfinite().all()
+        assert (a.double() / scale - b).norm() <= 0.01 * b.norm()
+
+
+def test_autocast_casts_hidden_states_and_heads(backend):
+    """As for `nn.Linear`: bf16 hidden states meet the fp32 weight of a head."""
+    hidden, head, teacher_hidden, teacher_head = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = qk.distillation_loss(hidden.bfloat16(), head, teacher_hidden, teacher_head)
+    narrow = [x.bfloat16() for x in (hidden, head, teacher_hidden, teacher_head)]
+    assert torch.equal(loss, qk.distillation_loss(*narrow))
+    (gradient,) = torch.autograd.grad(loss, head)
+    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("token", [-1, 37, 2**40])
+def test_stored_tokens_outside_the_vocabulary(backend, token):
+    hidden, head, *_ = make()
+    tokens = torch.tensor([3, token]).expand(2, 4, 2)
+    padding = torch.tensor([0.9, 0.0]).expand(2, 4, 2)
+    loss = qk.distillation_loss_top_k(hidden, head, padding, tokens)
+    alone = qk.distillation_loss_top_k(hidden, head, padding[..., :1], tokens[..., :1])
+    assert_close((loss, *gradients(loss, hidden, head)), (alone, *gradients(alone, hidden, head)))
+    mistake = torch.tensor([0.9, 0.1]).expand(2, 4, 2)
+    assert qk.distillation_loss_top_k(hidden, head, mistake, tokens).isnan()
+
+
+@pytest.mark.parametrize("k", [0, 38])
+def test_more_stored_entries_than_the_vocabulary_has(backend, k):
+    hidden, head, *_ = make()
+    with pytest.raises(InvalidArgument, match=r"probabilities: \d+ a token must be 1..37"):
+        stored = torch.zeros(2, 4, k)
+        qk.distillation_loss_top_k(hidden, head, stored, stored.long())

@@ -59,6 +59,16 @@ def test_rows_keep_codes_only():
     assert not any(dtype.is_floating_point and shape == x.shape for dtype, shape in shapes)
 
 
+def test_rows_of_other_bits_are_refused():
+    layer = linear(bits=qnn.LinearBits(4, 4))
+    x = torch.randn(2, 24)
+    for rows in (qnn.QuantizedRows.quantize(x, 8), qnn.QuantizedRMSNorm(24, W4A8)(x)[0]):
+        with pytest.raises(InvalidArgument, match=r"x: rows of 8 bits, .* a_bits 4"):
+            layer(rows)
+    assert layer(qnn.QuantizedRows.quantize(x, 4)).shape == (2, 10)
+    assert qnn.GatedRows(x, x).quantize(4).bits == 4
+
+
 # Norms
 
 
@@ -179,6 +189,54 @@ def test_kv_gradient_is_straight_through_and_turned_back():
     assert torch.equal(got[2], flat[2])
 
 
+@pytest.mark.parametrize("form", [lambda t: t, lambda t: t.expand(2, -1, -1), lambda t: t[0]])
+def test_kv_takes_every_form_of_one_table(form):
+    q, k, v = torch.randn(3, 2, 5, 8)
+    angles = torch.arange(5)[None, :, None] * torch.logspace(0, -2, 4)
+    kv = qnn.QuantizedKV(8, 8)
+    expected = kv(q, k, v, angles.cos(), angles.sin())
+    assert same(kv(q, k, v, form(angles.cos()), form(angles.sin())), expected)
+
+
+def test_kv_compiles_for_every_length():
+    kv = qnn.QuantizedKV(8, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(kv, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, length in ((2, 4), (3, 5), (2, 7)):
+        q, k, v = torch.randn(3, batch, length, 16)
+        tables = torch.randn(2, 1, length, 4)
+        assert same(compiled(q, k, v, *tables), kv(q, k, v, *tables))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 4), (1, 2, 4), (8, 4), (4, 1, 4), (1, 1, 4, 4), (1, 4, 2), (4,)], ids=str
+)
+def test_kv_refuses_tables_of_other_positions(shape):
+    """[1, 8, D / 2] holds as many rows as 2 sequences of 4 tokens, at other positions."""
+    q, k, v = torch.randn(3, 2, 4, 16)
+    fitting, table = torch.randn(1, 4, 4), torch.randn(shape)
+    for tables in ((table, table), (fitting, table), (table, fitting)):
+        with pytest.raises(InvalidArgument, match=r"cos, sin: expected \[1 or 2, 4, 4\]"):
+            qnn.QuantizedKV(8, 8)(q, k, v, *tables)
+
+
+def test_kv_errors_name_the_argument():
+    for options, name in (
+        ({"head_dim": 7, "bits": 8}, "head_dim"),
+        ({"head_dim": 0, "bits": 8}, "head_dim"),
+        ({"head_dim": 8, "bits": 9}, "bits"),
+        ({"head_dim": 8, "bits": 8, "mode": "x"}, "mode"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}: "):
+            qnn.QuantizedKV(**options)
+    with pytest.raises(InvalidArgumentType, match="head_dim"):
+        qnn.QuantizedKV(8.0, 8)
+    q, table = torch.randn(2, 4, 16), torch.randn(1, 4, 4)
+    for k in (torch.randn(4, 2, 16), torch.randn(2, 4, 12), torch.randn(8, 16)):
+        with pytest.raises(InvalidArgument, match=r"k: expected \[2, 4, heads \* 8\]"):
+            qnn.QuantizedKV(8, 8)(q, k, q, table, table)
+
+
 # The linear and its codes
 
 
@@ -203,6 +261,31 @@ def test_errors_name_the_argument():
     mlp.gate_proj = linear()
     with pytest.raises(InvalidArgumentType, match=r"mlp: up_proj"):
         qnn.QuantizedSwiGLU.adopt(mlp)
+    with pytest.raises(InvalidArgumentType, match=r"mlp: gate_proj"):
+        qnn.QuantizedSwiGLU(*(nn.Linear(24, 24) for _ in range(3)))
+    with pytest.raises(InvalidArgument, match=r"gate_proj has a_bits 8 and up_proj 4"):
+        qnn.QuantizedSwiGLU(linear(), linear(bits=qnn.LinearBits(4, 4)), linear(10, 24))
+
+
+@pytest.mark.parametrize(
+    "norm, says",
+    [
+        (nn.LayerNorm(8), "besides weight .bias"),
+        (nn.RMSNorm(8, elementwise_affine=False), "no parameter weight"),
+        (nn.LayerNorm((4, 8), bias=False), "no parameter weight"),
+        (nn.Sequential(nn.LayerNorm(8)), "no parameter weight"),
+    ],
+    ids=str,
+)
+def test_norms_that_cannot_be_adopted(norm, says):
+    kind = type(norm)
+    for adopt in (
+        lambda: qnn.RMSNorm.adopt(norm, 1e-5),
+        lambda: qnn.QuantizedRMSNorm.adopt(norm, W4A8, 1e-5),
+    ):
+        with pytest.raises(InvalidArgumentType, match=f"norm: .*{says}"):
+            adopt()
+    assert type(norm) is kind
 
 
 def test_codes_are_kept_until_the_weight_changes(monkeypatch):

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import llmqat_kernels as qk
+from llmqat_kernels.errors import InvalidArgument
 from llmqat_kernels.spec import sampling as spec
 from llmqat_kernels.testing import DTYPES, assert_same_bits, generator
 
@@ -195,3 +197,20 @@ def test_bad_arguments_name_the_argument(isa):
     }.items():
         with pytest.raises(RuntimeError, match=message):
             native.sample(*args)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("seed", 2**63), ("seed", -(2**63) - 1), ("seed", 2**64)]
+    + [("temperature", t) for t in (0.0, -1.0, INF, NAN, 1e39, 1e-50)],
+)
+def test_options_out_of_range_are_refused(option, value):
+    n = torch.arange(2)
+    with pytest.raises(InvalidArgument, match=f"^{option}: "):
+        qk.sample(torch.zeros(2, 5), n, n, **{"seed": 0, option: value})
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_the_largest_seeds_are_taken(seed):
+    n = torch.arange(2)
+    assert qk.sample(torch.zeros(2, 5), n, n, seed=seed).shape == (2,)

@@ -12,7 +12,8 @@ Numerics: not exact: 2x (loss), 3x (gradients) of plain torch's error. The same 
           Nothing is read back to the host: the count of valid tokens stays on the device.
 Edges:    no tokens or none valid: zeros. A stored token outside the vocabulary makes the loss NaN.
 Limits:   both gradients are always computed: the operator cannot see which one is wanted.
-          fp16 flushes gradients below 3e-8 (they carry 1/n), as plain torch does; bf16 does not.
+          fp16 flushes gradients below 3e-8 (they carry 1/n before any loss scale); the functional
+          form therefore trains fp16 students in fp32.
 Tests:    tests/kernels/test_distillation_forms.py, tests/triton/test_distillation_loss.py
 Bench:    python -m benchmarks.run --op distillation_loss --device cuda
 """
