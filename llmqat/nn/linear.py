@@ -369,6 +369,7 @@ class QuantizedLinear(nn.Module):
     def _product(self, rows: qnn.QuantizedRows) -> Tensor:
         """The product of codes; like that of floats it has no gradient, and says so in backward."""
         spec = self.spec
+        rows.check_bits(spec.activation.bits)
         y = torch.ops.llmqat.quantized_matmul(
             rows.codes,
             rows.scale,

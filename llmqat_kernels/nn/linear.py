@@ -12,7 +12,7 @@ import llmqat_kernels as qk
 
 from ..autocast import autocast_input
 from ..checks import check_bits, check_group_size
-from ..errors import InvalidArgument, InvalidArgumentType
+from ..errors import InvalidArgumentType
 from .adoption import become
 from .rows import GatedRows, QuantizedRows
 from .weight_codes import WeightCodes
@@ -139,7 +139,7 @@ class QATLinear(nn.Linear):
             "ste_clip": bits.ste_clip,
         }
         if isinstance(x, QuantizedRows):
-            _check_rows(x, bits)
+            x.check_bits(bits.a_bits)
             return qk.qat_matmul(x.values, x.codes, x.scale, self.weight, self.bias, **options)
         if isinstance(x, GatedRows):
             return qk.silu_mul_qat_matmul(*x, self.weight, self.bias, a_bits=bits.a_bits, **options)
@@ -178,14 +178,6 @@ def _check(in_features: int, bits: LinearBits) -> None:
     check_bits("w_bits", bits.w_bits)
     check_bits("a_bits", bits.a_bits)
     check_group_size(in_features, bits.group_size)
-
-
-def _check_rows(rows: QuantizedRows, bits: LinearBits) -> None:
-    if rows.bits != bits.a_bits:
-        raise InvalidArgument(
-            f"x: rows of {rows.bits} bits, but this linear has a_bits {bits.a_bits}; give it and"
-            " the producer the same"
-        )
 
 
 def _is_gathered(module: nn.Module) -> bool:

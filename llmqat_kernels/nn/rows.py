@@ -9,6 +9,7 @@ from torch import Tensor
 import llmqat_kernels as qk
 
 from ..autocast import autocast_input
+from ..errors import InvalidArgument
 
 
 class QuantizedRows(NamedTuple):
@@ -24,6 +25,14 @@ class QuantizedRows(NamedTuple):
     codes: Tensor
     scale: Tensor
     bits: int
+
+    def check_bits(self, a_bits: int) -> None:
+        """InvalidArgument: a linear whose inputs have ``a_bits`` cannot read these."""
+        if self.bits != a_bits:
+            raise InvalidArgument(
+                f"x: rows of {self.bits} bits, but this linear has a_bits {a_bits}; give it and the"
+                " producer the same"
+            )
 
     @classmethod
     def quantize(cls, x: Tensor, bits: int) -> QuantizedRows:
