@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import FORMS
-from benchmarks.cuda_figures import ATTENTION, BACKENDS, DECODE, GEMM, Sweep, micro, read_results
+from benchmarks.cuda_figures import (
+    ATTENTION,
+    BACKENDS,
+    DECODE,
+    DECODED,
+    GEMM,
+    Sweep,
+    micro,
+    read_results,
+)
 from benchmarks.gemm import LAYERS, Layer, layers_of
 from benchmarks.gpu_figures import MISSING
 from benchmarks.random_model import config_of, decode_bound, decode_bytes
@@ -110,10 +119,10 @@ def sections(folder: Path, read_json: Callable[[Path], dict[str, Any] | None]) -
         )
     else:
         parts.append(f"Decode attention on a GPU: {MISSING} (`{ATTENTION}`).")
-    decode = results.files.get("decode_7b_cuda")
-    if decode is not None:
-        parts.append("### Decode of a 7B model\n\n" + decode_table(decode))
-    else:
+    for name, what in zip(DECODED, ("", ", backend `cuda`"), strict=True):
+        if name in results.files:
+            parts.append(f"### Decode of a 7B model{what}\n\n{decode_table(results.files[name])}")
+    if not any(name in results.files for name in DECODED):
         parts.append(f"Decode of a 7B model on a GPU: {MISSING} (`{DECODE}`).")
     return "\n\n".join([*parts, computed()])
 

@@ -6,11 +6,12 @@ The packed model is drawn on the device (no float weights), W4A8 with KV8 and KV
 in the engine with CUDA graphs. Baselines on a bf16 model of the same sizes: `generate` of
 transformers (its own cache, then a static one, which it compiles), and a small compiled decoder in
 one CUDA graph with bf16 and with torch's 4-bit weights (benchmarks/compiled_decode.py). All decode
-up to a context of 2048 tokens; candidates take turns. `generate` rates count from the first token
-to the last, so that no prefill is in them; `steps` are decode steps on a cache filled with random
-codes. Before anything is timed, two layers of the model run in the engine and on the reference
-backend: logits within 5 %, and tokens with graphs as without. Results are written after
-every group of candidates. On a CPU: a tiny model.
+up to a context of 2048 tokens. Candidates take turns; those that do not fit the memory together are
+measured one after another, and a note says so. `generate` rates count from the first token to the
+last, so that no prefill is in them; `steps` are decode steps on a cache filled with random codes.
+Before anything is timed, two layers of the model run in the engine and on the reference backend:
+logits within 5 %, and tokens with graphs as without. Results are written after every group of
+candidates. On a CPU: a tiny model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,6 +62,9 @@ one that reads stale inputs gives none."""
 KV_BITS = (8, 4)
 OURS = "llmqat W4A8KV8"
 INT4, COMPILED, EAGER = "compiled int4", "compiled bf16", "transformers bf16"
+ALONE = "measured by itself, not in turns: too large to be there at one time with the others"
+MEMORY_SHARE = 0.9
+"""Of the free memory: what candidates that take turns may need together."""
 
 
 def gate(name: str, device: torch.device) -> dict[str, Any]:
@@ -91,11 +96,16 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def free_bytes(device: torch.device) -> float:
+    """Memory that nothing holds."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
 class Turns:
     """Rates of candidates that take turns, and why others have none.
 
     Candidates come in groups, the quick ones first, so that a long compilation cannot cost what is
-    measured already; the first of all takes turns with every group.
+    measured already; the first of all takes turns with every group that fits the memory beside it.
     """
 
     def __init__(self, rounds: int, device: torch.device, deadline: float) -> None:
@@ -104,34 +114,80 @@ class Turns:
         self.rates: dict[str, list[float]] = {}
         self.notes: dict[str, str] = {}
 
-    def add(self, makers: Mapping[str, Callable[[], Rate]]) -> None:
-        """Set up a group and measure it. A first run of each does not count; past the deadline
-        nothing more is set up, and one round is enough.
+    def add(self, makers: Mapping[str, Callable[[], Rate]], needed: float = 0.0) -> None:
+        """Set up a group and measure it; where ``needed`` bytes are not free, each candidate of it
+        without the others and the first of all. A first run of each does not count; past the
+        deadline nothing more is set up, and one round is enough.
         """
+        cells.release(self._device)
+        if needed <= MEMORY_SHARE * free_bytes(self._device):
+            self._measure(makers)
+            return
+        for name, make in makers.items():
+            self._anchor = {}
+            cells.release(self._device)
+            self._measure({name: make})
+            if name in self.rates:
+                self.notes.setdefault(name, ALONE)
+        self._anchor = {}
+
+    def _measure(self, makers: Mapping[str, Callable[[], Rate]]) -> None:
         ready = dict(self._anchor)
         for name, make in makers.items():
-            if time.monotonic() > self._deadline and ready:
+            if time.monotonic() > self._deadline and (ready or self.rates):
                 self.notes[name] = "left out: --budget"
-                continue
-            begin = time.monotonic()
-            try:
-                run = make()
-                run()
-            except Exception as error:  # other people's code, memory: the reason is the finding
-                self.notes[name] = f"left out: {reason_of(error)}"
-                check_alive(self._device, name, self.notes[name])
-            else:
+            elif (run := self._ready(name, make)) is not None:
                 ready[name] = run
-                print(f"  {name}: ready after {time.monotonic() - begin:.0f} s", flush=True)
         if set(ready) == set(self._anchor):
             return
         for index in range(self._rounds):
             if index and time.monotonic() > self._deadline:
                 break
-            for name, run in ready.items():
-                self.rates.setdefault(name, []).append(run())
+            for name in list(ready):
+                try:
+                    rate = ready[name]()
+                except Exception as error:
+                    del ready[name]
+                    self._leave_out(name, f"stopped in round {index + 1}: {reason_of(error)}")
+                else:
+                    self.rates.setdefault(name, []).append(rate)
         if not self._anchor:
             self._anchor = dict(list(ready.items())[:1])
+
+    def _ready(self, name: str, make: Callable[[], Rate]) -> Rate | None:
+        """A candidate after its first run; None where it has failed."""
+        begin = time.monotonic()
+        try:
+            run = make()
+            run()
+        except Exception as error:  # other people's code, memory: the reason is the finding
+            self._leave_out(name, f"left out: {reason_of(error)}")
+            return None
+        print(f"  {name}: ready after {time.monotonic() - begin:.0f} s", flush=True)
+        return run
+
+    def _leave_out(self, name: str, note: str) -> None:
+        self._anchor.pop(name, None)
+        self.notes[name] = note
+        check_alive(self._device, name, note)
+
+
+def used_up(model: nn.Module) -> Any:
+    """What `PlainDecoder` reads of a model, whose linears are freed as it goes on: beside a large
+    cache there is no room for them twice.
+    """
+    base = model.model
+
+    def layers() -> Iterator[nn.Module]:
+        for layer in base.layers:
+            yield layer
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight = None  # type: ignore[assignment]
+
+    kept = {name: getattr(base, name) for name in ("embed_tokens", "norm", "rotary_emb")}
+    left = SimpleNamespace(**kept, layers=layers())
+    return SimpleNamespace(config=model.config, lm_head=model.lm_head, model=left)
 
 
 class Bench:
@@ -157,20 +213,39 @@ class Bench:
             self._float = float_model(self.config, self.device)
         return self._float
 
+    def forget(self) -> None:
+        """Drop both models until they are asked for again."""
+        self._float = self._packed = None
+
     def engine(self, batch: int, kv_bits: int) -> Engine:
         """The engine for so many sequences."""
         return Engine(self.packed, max_slots=batch, max_len=self.context, kv_bits=kv_bits)
 
     def decoder(self, batch: int, int4: bool) -> PlainDecoder:
-        """The compiled decoder."""
+        """The compiled decoder. A batch uses the bf16 model up: nobody else reads it there."""
+        model: Any = self.plain
+        if batch > 1:
+            model, self._float = used_up(model), None
         compiles = self.device.type == "cuda"
-        return PlainDecoder(self.plain, batch, self.context, int4=int4, compiles=compiles)
+        return PlainDecoder(model, batch, self.context, int4=int4, compiles=compiles)
+
+    def needed(self, batch: int, names: Sequence[str]) -> float:
+        """About how many bytes candidates take, the models that they are made from included."""
+
+        def size(w_bits: int, kv_bits: int, sequences: int) -> float:
+            return decode_bytes(self.config, w_bits, kv_bits, sequences, self.context)
+
+        ours = [name for name in names if name.startswith("llmqat")]
+        total = size(4, 16, 0) if ours else 0.0
+        total += sum(size(4, 8 if "KV8" in name else 4, batch + 1) for name in ours)
+        if len(ours) < len(names) and batch == 1:  # a batch uses the model up
+            total += size(16, 16, 0)
+        return total + sum(size(16, 16, batch) for name in names if name not in ours)
 
     def decoding(self, batch: int) -> list[dict[str, Callable[[], Rate]]]:
         """Makers of what takes turns at a batch size, in groups, the most important first."""
         context, tokens = self.context, self.tokens
         prompts = prompts_of(batch, context - tokens, self.config.vocab_size)
-        few = max(4, tokens // 4)
 
         def steps(kv_bits: int) -> Callable[[], Rate]:
             return lambda: engine_steps(self.engine(batch, kv_bits), context, tokens)
@@ -185,7 +260,7 @@ class Bench:
         if batch > 1:
             return [own, {COMPILED: compiled(False)}]
         generate = {OURS: lambda: engine_generate(self.engine(batch, 8), prompts, tokens)}
-        eager = {EAGER: lambda: transformers_generate(self.plain, prompts, few)}
+        eager = {EAGER: lambda: transformers_generate(self.plain, prompts, max(4, tokens // 4))}
         static = {
             f"{EAGER}, static cache": lambda: transformers_generate(
                 self.plain, prompts, tokens, cache_implementation="static"
@@ -260,13 +335,8 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
     bench = Bench(name, device, context, tokens)
     roofline = measure(device, cells.timer_of(device), 0.002 if args.quick else 0.02)
     bandwidth = roofline.bandwidth_at(int(decode_bytes(bench.config, 4, 8, 1, context)))
-    result: dict[str, Any] = {
-        "model": name,
-        "context": context,
-        "tokens": tokens,
-        "copy_bytes_per_second": bandwidth,
-        "batches": {},
-    }
+    result: dict[str, Any] = {"model": name, "context": context, "tokens": tokens}
+    result |= {"copy_bytes_per_second": bandwidth, "batches": {}}
     try:
         result["gate"] = gate(name, device)
     except AssertionError as error:
@@ -278,7 +348,10 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
             continue
         turns = Turns(args.rounds, device, begin + args.budget)
         for number, group in enumerate(bench.decoding(batch)):
-            turns.add({n: m for n, m in group.items() if not set(args.skip) & set(n.split())})
+            wanted = {n: m for n, m in group.items() if not set(args.skip) & set(n.split())}
+            if batch > 1:
+                bench.forget()
+            turns.add(wanted, bench.needed(batch, list(wanted)))
             found = decode_result(bench, batch, turns.rates, turns.notes, bandwidth)
             result["batches"][str(batch)] = found
             _store(args, result, device)
@@ -295,11 +368,14 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
 
 def _store(args: argparse.Namespace, result: dict[str, Any], device: torch.device) -> None:
     if args.save:
-        save(f"decode_7b_{device.type}", result, device)
+        suffix = "" if args.backend == "auto" else f"_{args.backend}"
+        save(f"decode_7b_{device.type}{suffix}", result, device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables; `--save` writes results/decode_7b_<device>.json. The exit status."""
+    """Print the tables; `--save` writes results/decode_7b_<device>.json, with `_<backend>` where
+    one is asked for. The exit status.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -53,7 +53,12 @@ class Part:
 
 PARTS = (
     Part("gemm", 0.16, "products of a layer against cuBLAS, tinygemm, humming, gemlite"),
-    Part("decode_7b", 0.20, "7B decode and prefill in the engine"),
+    Part("decode_7b", 0.13, "7B decode and prefill in the engine"),
+    Part(
+        "decode_7b_cuda", 0.07, "the same with the CUDA C++ kernels first",
+        ("--backend", "cuda", "--batch", "1", "16", "--skip", "transformers", "compiled", "--save"),
+        module="decode_7b",
+    ),
     Part("attention", 0.09, "decode attention on the quantized KV cache"),
     Part("run", 0.28, "every operator of the registry", ()),
     Part("qat_slice", 0.12, "a training step"),

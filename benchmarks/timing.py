@@ -78,9 +78,6 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
     from llmqat_kernels import native
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     gpu = device is not None and device.type == "cuda"
     return {
         "processor": torch.cuda.get_device_name(device) if gpu else _processor(),
@@ -89,10 +86,20 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "date": date.today().isoformat(),
         **(_cuda_versions() if gpu else {}),
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit; None outside one, or without git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _cuda_versions() -> dict[str, Any]:

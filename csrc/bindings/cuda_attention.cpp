@@ -19,12 +19,6 @@ void check_on(const Tensor& t, int32_t device, const char* name) {
                   ", got device ", t.get_device_index());
 }
 
-// What kernels load 16 bytes at a time; a fresh tensor always is.
-void check_aligned(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-                  ": expected memory aligned to 16 bytes; clone the view");
-}
-
 int storage_of(const Tensor& codes, int64_t bits) {
   const ScalarType dtype = codes.scalar_type();
   if (bits == 16 || bits == 32) {

@@ -165,7 +165,9 @@ Packed laid_out(const Tensor& w, const Tensor& a, int64_t n, int64_t k, int64_t 
   STD_TORCH_CHECK(w.numel() == layout_bytes(nibbles, n, k) + kTagBytes, "w: ", w.numel(),
                   " bytes are no ", w_bits, "-bit weight [", n, ", ", k,
                   "] of repack_weight; lay it out with backend 'cuda'");
-  return {as_contiguous(w), nibbles};
+  const Tensor held = as_contiguous(w);
+  check_aligned(held, "w");
+  return {held, nibbles};
 }
 
 Tensor repacked(const Tensor& a, const Tensor& a_scale, const Tensor& w, const Tensor& w_scale,
