@@ -122,7 +122,8 @@ def _grouped(pyplot: Any, table: Record, scored: list[tuple[Record, float]], col
 
 
 def _rows(pyplot: Any, table: Record, scored: list[tuple[Record, float]], column: str) -> Any:
-    several = len({row["bits"] for row, _ in scored if row["method"] != "full"}) > 1
+    quantized = [row for row, _ in scored if row["method"] != "full"]
+    several = len({(row["bits"], row["kv_mode"]) for row in quantized}) > 1
     labels, values, colors, errors = [], [], [], []
     for row, value in scored:
         mode = f" {row['kv_mode']}" if row["kv_mode"] else ""

@@ -240,3 +240,20 @@ def test_values_of_results():
     assert value_of("mmlu", result) == pytest.approx(30)
     with pytest.raises(DataError, match="piqa"):
         value_of("piqa", result)
+
+
+def test_bars_of_two_kv_modes_are_told_apart():
+    """One setting in both modes has one label in the table; a column says which mode it is."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    rows = [
+        {
+            "label": "LLM-QAT", "method": "llm-qat", "bits": "4-8-4", "kv_mode": mode,
+            "values": {COLUMN: {"spread": None}},
+        }
+        for mode in ("paper", "serving")
+    ]  # fmt: skip
+    table = {"name": "beyond", "title": "both modes"}
+    figure = plots._rows(pyplot, table, [(rows[0], 28.6), (rows[1], 28.0)], COLUMN)
+    ticks = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    pyplot.close(figure)
+    assert ticks == ["LLM-QAT, 4-8-4 paper", "LLM-QAT, 4-8-4 serving"]
