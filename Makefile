@@ -14,6 +14,9 @@ CSRC := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 BANNED := '\btorch\.load\(|allow_pickle|trust_remote_code=True|use_fast_math|-ffast-math|ATen/cuda|yaml\.load\('
 NEWEST_TESTS := tests/triton $(addprefix tests/llmqat/test_,convert.py attention.py checkpoint.py trainer.py engine.py \
 	quantized_cache.py quantized_cache_masks.py quantized_cache_state.py transformers_engine.py)
+# The files that take minutes begin first, so that none of them is what the others wait for.
+SLOWEST_TESTS := $(addprefix tests/,emulator/test_planted_bugs.py llmqat/test_fused_training.py \
+	llmqat/test_experiments_command.py emulator/test_sanitizers.py kernels/test_other_processors.py)
 
 .PHONY: help venv demo test test-slow test-newest test-gpu lint format bench bench-gpu kernels check-kernels sass tune clean
 
@@ -44,7 +47,7 @@ test-gpu: venv  ## every Triton test and the others that need a CUDA device, com
 
 # Three processes keep two cores busy: the longest file takes half of the time.
 test-slow: venv  ## real installations and other tests of more than 20 seconds
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "slow and not gpu" tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(SLOWEST_TESTS) tests
 
 test-newest: venv  ## the tests that touch transformers and triton, on their newest releases
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest "transformers>=5.17,<6" "triton>=$(TRITON)"

@@ -36,8 +36,9 @@ _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 FAST_MATH = {
     "div_full": r"\bdiv\.full\b",
-    "ftz": r"\.ftz\b",
-    "approx": r"\.approx\b",
+    "ftz": r"(?<!\brcp\.approx)\.ftz\b",
+    "approx": r"(?<!\brcp)\.approx\b|\brcp\.approx\b(?!\.ftz)",
+    "reciprocals": r"\brcp\.approx\.ftz\b",
     "tf32": r"\.tf32\b",
     "fma": r"\bfma\.rn\.f32\b",
 }
@@ -77,6 +78,7 @@ class Figures:
     div_full: int
     ftz: int
     approx: int
+    reciprocals: int
     tf32: int
     fma: int
     float_dots: int

@@ -42,6 +42,12 @@ def _float_mma(f: Figures, arch: int) -> str:
     return "" if f.hmma or f.hgmma else "neither HMMA nor HGMMA"
 
 
+def _proven_silu(f: Figures, arch: int) -> str:
+    if f.reciprocals and f.fma == FMAS_OF_SILU * f.reciprocals:
+        return ""
+    return f"{f.fma} FMAs and {f.reciprocals} reciprocals are not those of silu_of_16_bits"
+
+
 def _vector_loads(f: Figures, arch: int) -> str:
     return "" if f.wide_loads else f"none of {f.loads} global loads is of 16 bytes"
 
@@ -54,17 +60,26 @@ GATES: dict[str, Gate] = {
     "div_full": _absent("div_full", "div.full, which is 2 ulp; use tl.div_rn"),
     "ftz": _absent("ftz", ".ftz, which flushes subnormals; use numerics, not libdevice"),
     "approx": _absent("approx", ".approx; use tl.div_rn, tl.sqrt_rn and numerics"),
+    "reciprocals": _absent("reciprocals", "rcp.approx.ftz, which is 1 ulp; use tl.div_rn"),
     "tf32": _absent("tf32", "a TF32 product of fp32; pass input_precision='ieee'"),
     "fma": lambda f, arch: "" if f.float_dots else _fused(f, arch),
 }
 """Of every kernel."""
+FMAS_OF_SILU = 11
 PROMISES: dict[str, Gate] = {
     "int8_mma": _int8_mma,
     "int8_mma_sync": _int8_mma_sync,
     "float_mma": _float_mma,
     "vector_loads": _vector_loads,
+    "proven_silu": _proven_silu,
 }
-"""Of variants that promise them; ``int8_mma_sync`` is for tiles too small for wgmma (M < 64)."""
+"""Of variants that promise them; ``int8_mma_sync`` is for tiles too small for wgmma (M < 64).
+``proven_silu`` stands for the FMAs and reciprocals of numerics.silu_of_16_bits, for no others."""
+WAIVED = {
+    "proven_silu": ("fma", "reciprocals"),
+    "approximate": ("approx", "reciprocals"),
+}
+"""Gates that a promise takes the place of."""
 
 APPROXIMATE = "approximate"
 """Of variants that may use ex2.approx and the like: they are held to the 2x rule, not to bits."""
@@ -80,7 +95,6 @@ def failures(figures: Figures, arch: int, promises: Sequence[str] | frozenset[st
     if unknown:
         raise ValueError(f"promises {unknown} have no gate; choose from {', '.join(PROMISES)}")
     gates = GATES | {name: gate for name, gate in PROMISES.items() if name in promises}
-    if APPROXIMATE in promises:
-        del gates["approx"]
-    found = {name: gate(figures, arch) for name, gate in gates.items()}
+    waived = {name for promise in promises for name in WAIVED.get(promise, ())}
+    found = {name: gate(figures, arch) for name, gate in gates.items() if name not in waived}
     return [f"{name}: {what}" for name, what in found.items() if what]

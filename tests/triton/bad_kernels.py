@@ -10,6 +10,7 @@ from triton.language.extra import libdevice
 
 from benchmarks.cubin import ARCHS, compile_variant, measure
 from benchmarks.gates import failures
+from llmqat_kernels.backends.triton import numerics
 from llmqat_kernels.backends.triton.launch import Variant
 
 
@@ -37,6 +38,8 @@ def quotient(x, y, WHICH: tl.constexpr, STRIDE: tl.constexpr):
         v = v / (v + 2.0)
     elif WHICH == "flush":
         v = libdevice.rsqrt(v)
+    elif WHICH == "inverse":
+        v = numerics.near_inverse(v)
     elif WHICH == "fused":
         v = tl.fma(v, v, 1.0)
     else:
@@ -73,6 +76,8 @@ VARIANTS = (
     elementwise("div_full", "fast"),
     elementwise("ftz", "flush"),
     elementwise("fma", "fused"),
+    elementwise("reciprocals", "inverse"),
+    elementwise("proven_silu", "inverse", promises=frozenset({"proven_silu"})),
     dot("tf32", "fp32", 64, 32, ieee=False),
     elementwise("vector_loads", "exact", stride=3, promises=WIDE),
     elementwise("int8_mma", "exact", promises=INT8),

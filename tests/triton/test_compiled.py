@@ -147,10 +147,20 @@ def test_wgmma_is_asked_of_sm_90_only(said):
 
 
 def test_approximate_kernels_may_say_so():
-    fast = replace(FIGURES, approx=3)
+    fast = replace(FIGURES, approx=3, reciprocals=1)
     assert gates.failures(fast, 80, ["approximate"]) == []
-    (said,) = gates.failures(fast, 80, [])
-    assert said.startswith("approx: 3 times .approx")
+    approx, reciprocals = gates.failures(fast, 80, [])
+    assert approx.startswith("approx: 3 times .approx")
+    assert reciprocals.startswith("reciprocals: 1 times rcp.approx.ftz")
+
+
+def test_the_proven_silu_is_the_only_excuse_for_its_instructions():
+    own = replace(FIGURES, reciprocals=8, fma=88)
+    assert gates.failures(own, 90, ["proven_silu"]) == []
+    assert len(gates.failures(own, 90, [])) == 2
+    for other in (replace(own, fma=89), replace(own, reciprocals=0, fma=0)):
+        (said,) = gates.failures(other, 90, ["proven_silu"])
+        assert said.startswith("proven_silu: ")
 
 
 def test_a_promise_without_a_gate_is_an_error():

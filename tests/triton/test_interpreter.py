@@ -5,6 +5,9 @@ triton; the others show that nothing else changes. With `make test-gpu` the same
 show that compiled kernels compute what the repaired interpreter does.
 """
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 import triton
@@ -61,6 +64,12 @@ def compare_kernel(x, y, z, SIZE: tl.constexpr):
 def scalar_kernel(x, y, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)
     tl.store(y + at, tl.load(x + at) * 0.5 + 1.0)
+
+
+@triton.jit
+def fma_kernel(x, y, z, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(z + at, tl.fma(tl.load(x + at), tl.load(y + at), tl.load(z + at)))
 
 
 @triton.jit
@@ -176,6 +185,31 @@ def test_nan_stays_nan():
         y = torch.zeros(SIZE, dtype=target)
         launch(cast_kernel, x, y, SIZE=SIZE)
         assert y.isnan().all()
+
+
+def nearest(value):
+    """The fp32 number nearest to a fraction; of two, the even one."""
+    at = torch.tensor(float(value), dtype=torch.float32)
+    near = [at, *(torch.nextafter(at, torch.tensor(to)) for to in (-math.inf, math.inf))]
+    return min(
+        near, key=lambda x: (abs(Fraction(x.item()) - value), x.view(torch.int32).item() & 1)
+    )
+
+
+def test_fma_rounds_once():
+    x, y, z = (numbers(torch.float32, seed) for seed in range(3))
+    z[::2] = -(x * y)[::2]  # what is left is the product's rounding error
+    # A little less, and a little more, than halfway between two numbers: fp64 alone sees a tie.
+    x[1], y[1], z[1] = 2**-24 * (1 + 2**-23), 1 - 2**-23, 1 + 2**-23
+    x[3], y[3], z[3] = -(2**-24) * (1 + 2**-23), 1 - 2**-23, -1 - 2**-23
+    x[5], y[5], z[5] = 2**-24 * (1 + 2**-23), 1 + 2**-23, 1.0
+    x[7], y[7], z[7] = 2**-100 * (1 + 2**-23), 2**-50 * (1 - 2**-23), 2**-149
+    want = [
+        nearest(Fraction(a) * Fraction(b) + Fraction(c))
+        for a, b, c in zip(x.tolist(), y.tolist(), z.tolist(), strict=True)
+    ]
+    launch(fma_kernel, x, y, z, SIZE=SIZE)
+    assert_same_bits(z, torch.stack(want))
 
 
 EXPECTED = {

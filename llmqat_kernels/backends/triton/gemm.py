@@ -11,10 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import interpreting
-
-INLINE_ASM = tl.constexpr(not interpreting())
-"""The interpreter has no inline assembly; it takes the same formula in Triton operators."""
+from .numerics import INLINE_ASM
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def quantize_integer_groups_kernel(
         group_scale = m.to(tl.float32) * s
         keep = numerics.has_codes(amax, group_scale)
         code = numerics.codes_of(
-            values, numerics.inverse_of(group_scale)[:, None], keep[:, None], QMAX
+            values, numerics.inverse_of(group_scale)[:, None], keep[:, None], QMAX, True
         )
         tl.store(codes + at, code.to(tl.int8), mask=mask)
         group = first + tl.arange(0, CHUNK)

@@ -81,6 +81,32 @@ def _repair_casts() -> None:
     Builder.get_bf16 = get_bf16
 
 
+def _rounded_once(x: Any, y: Any, z: Any) -> Any:
+    """``x * y + z`` of fp32 arrays with one rounding: in fp64 rounded to odd, then to fp32."""
+    with np.errstate(all="ignore"):
+        product, term = x.astype(np.float64) * y, z.astype(np.float64)  # the product is exact
+        total = product + term
+        back = total - product
+        lost = (product - (total - back)) + (term - back)  # exact where all is finite
+        bits = np.ascontiguousarray(total).view(np.int64)
+        # An even total that lost something moves to the odd neighbour on the other side of it.
+        move = np.where((lost > 0) == (total > 0), 1, -1)
+        inexact = np.isfinite(lost) & (lost != 0) & (bits & 1 == 0)
+        return np.where(inexact, (bits + move * inexact).view(np.float64), total).astype(np.float32)
+
+
+def _repair_fma() -> None:
+    """Triton's interpreter multiplies, rounds, and adds."""
+    fma = Builder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return fma(self, x, y, z)
+        return Handle(_rounded_once(x.data, y.data, z.data), z.dtype.scalar)
+
+    Builder.create_fma = create_fma
+
+
 def _repair_arithmetic() -> None:
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma"):
         setattr(Builder, name, _in_fp32(getattr(Builder, name)))
@@ -177,6 +203,7 @@ def _patch_the_language_once() -> None:
 def repair() -> None:
     """Apply every repair, once."""
     _repair_casts()
+    _repair_fma()
     _repair_arithmetic()
     _repair_reductions()
     _repair_loop_bounds()

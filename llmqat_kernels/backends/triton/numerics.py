@@ -2,7 +2,8 @@
 
 Twin of ``csrc/include/llmqat/quant_math.h`` and ``fast_math.h``; the constants come from ``spec/``.
 Each line is one rounded fp32 operation. Kernels are compiled without contraction
-(``launch.OPTIONS``), so no multiply and add become one FMA; divisions are ``div_rn``.
+(``launch.OPTIONS``), so no multiply and add become one FMA; divisions are ``div_rn``. The
+exception, :func:`silu_of_16_bits`, is proven by trying every gate.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import triton.language as tl
 
 from ...spec import math as spec_math
 from ...spec.quantize import ZERO_ROW_AMAX
+from . import interpreting
 
+INLINE_ASM = tl.constexpr(not interpreting())
+"""The interpreter has no inline assembly; it takes the same formula in Triton operators."""
 ZERO_AMAX = tl.constexpr(ZERO_ROW_AMAX)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)
@@ -29,6 +33,12 @@ LOG_COEFFICIENTS = tl.constexpr(spec_math.LOG_COEFFICIENTS)
 EXP_TERMS = tl.constexpr(len(spec_math.EXP_COEFFICIENTS))
 LOG_TERMS = tl.constexpr(len(spec_math.LOG_COEFFICIENTS))
 SQRT_HALF_BITS = tl.constexpr(spec_math.SQRT_HALF_BITS)
+LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+SILU_LOW = tl.constexpr(-88.5)
+"""fp16 and bf16 have no number between -88, below which the exponential of spec 14 is infinite, and
+this one, at which (1 + e^88.5) / 2 exceeds 2^126, so that its inverse is flushed to 0."""
+SILU_HIGH = tl.constexpr(30.0)
+"""1 + e^-30 is 1."""
 
 
 @triton.jit
@@ -68,12 +78,19 @@ def round_to_integer(v):
 
 
 @triton.jit
-def codes_of(x, inverse, keep, QMAX: tl.constexpr):
-    """int32 codes of fp32 x; ``inverse`` and ``keep`` broadcast against x (spec 4)."""
+def codes_of(x, inverse, keep, QMAX: tl.constexpr, CLAMP: tl.constexpr):
+    """int32 codes of fp32 x; ``inverse`` and ``keep`` broadcast against x (spec 4).
+
+    Without ``CLAMP`` the scale has to be the quotient of the largest magnitude, not rounded again:
+    then |x * inverse| <= QMAX * (1 + 2^-22), which rounds to QMAX at most.
+    """
     # A row without codes has an empty range: nothing to select for each element, and the smaller
-    # and the larger of NaN and a number are the number.
+    # and the larger of NaN and a number are the number. Its inverse is NaN, or its x are tiny.
     limit = tl.where(keep, tl.full(keep.shape, QMAX, tl.float32), 0.0)
-    return round_to_integer(tl.minimum(tl.maximum(x * inverse, -limit), limit))
+    v = x * inverse
+    if CLAMP:
+        v = tl.maximum(v, -limit)
+    return round_to_integer(tl.minimum(v, limit))
 
 
 @triton.jit
@@ -95,6 +112,53 @@ def exp(x):
     y = y * (exponent << 23).to(tl.float32, bitcast=True)
     y = tl.where(x < EXP_LOW, 0.0, y)
     return tl.where(x > EXP_HIGH, float("inf"), y)
+
+
+@triton.jit
+def negated(x):
+    """-x of fp32 x: a modifier of the operand, where Triton's own minus is a subtraction from 0."""
+    return x * -1.0
+
+
+@triton.jit
+def near_inverse(x):
+    """1 / x of positive fp32 x within 1 ulp; 0 where that is subnormal."""
+    if INLINE_ASM:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+        inverse = tl.where(inverse < LEAST_NORMAL, 0.0, inverse)
+    return inverse
+
+
+@triton.jit
+def silu_of_16_bits(gate):
+    """fp32 SiLU of gates that are fp16 or bf16 numbers, widened: once it is rounded to the gates'
+    dtype, it is that of spec 14. +inf gives NaN.
+
+    A third of the instructions: the exponential with FMAs, and no IEEE division. They change the
+    result by an ulp of fp32, which no gate notices: each of the 65,536 was tried, with inverses
+    up to 4 ulp off (tests/triton/test_silu_of_16_bits.py).
+    """
+    x = tl.minimum(tl.maximum(negated(gate), -SILU_HIGH), -SILU_LOW)
+    # The exponent less 1 in the low bits: everything below is half of its value, in range.
+    shifted = tl.fma(x, LOG2E, ROUND_TO_INTEGER - 1.0)
+    n = shifted - (ROUND_TO_INTEGER - 1.0)
+    r = tl.fma(n, -LN2_HI, x)
+    r = tl.fma(n, -LN2_LO, r)
+    y = tl.full(x.shape, EXP_COEFFICIENTS[0], tl.float32)
+    for i in tl.static_range(1, EXP_TERMS):
+        y = tl.fma(y, r, EXP_COEFFICIENTS[i])
+    # y is near 1 and the power in range, so the product is a sum of the bits.
+    power = y.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    denominator = power.to(tl.float32, bitcast=True) + 0.5
+    inverse = near_inverse(denominator)
+    half = 0.5 * gate
+    quotient = half * inverse
+    remainder = tl.fma(denominator, quotient, negated(half))
+    return tl.fma(negated(remainder), inverse, quotient)
 
 
 @triton.jit

@@ -74,7 +74,7 @@ def fake_quantize_kernel(
     inverse, keep = numerics.inverse_of(s), numerics.has_codes(amax, s)
     for i in tl.static_range(0, CHUNKS):
         at, mask = chunk_of(row, columns, rows, columns, i, ROWS, WIDTH, CHUNKS)
-        code = numerics.codes_of(chunks[i], inverse[:, None], keep[:, None], QMAX)
+        code = numerics.codes_of(chunks[i], inverse[:, None], keep[:, None], QMAX, BF16_SCALE)
         result = code.to(tl.float32) * s[:, None]
         tl.store(y + at, result.to(y.dtype.element_ty), mask=mask)
 

@@ -89,8 +89,8 @@ def quantized(x1, x2, mask, QMAX: tl.constexpr, PER_TOKEN: tl.constexpr):
     scale = numerics.scale_of(amax, QMAX, False)
     keep = numerics.has_codes(amax, scale)[:, None]
     inverse = numerics.inverse_of(scale)[:, None]
-    code1 = numerics.codes_of(x1, inverse, keep, QMAX)
-    return code1, numerics.codes_of(x2, inverse, keep, QMAX), scale
+    code1 = numerics.codes_of(x1, inverse, keep, QMAX, False)
+    return code1, numerics.codes_of(x2, inverse, keep, QMAX, False), scale
 
 
 @triton.jit

@@ -46,10 +46,11 @@ def load_vector(vector, columns, i, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHU
 @triton.jit
 def row_amax(chunks):
     """Bits of the largest magnitude of each row, [ROWS] (spec 2)."""
-    bits = numerics.magnitude_bits(chunks[0])
+    # One instruction for an element, which takes both magnitudes and keeps NaN.
+    largest = tl.abs(chunks[0])
     for i in tl.static_range(1, len(chunks)):
-        bits = tl.maximum(bits, numerics.magnitude_bits(chunks[i]))
-    return tl.max(bits, axis=1)
+        largest = tl.maximum(largest, tl.abs(chunks[i]), propagate_nan=tl.PropagateNan.ALL)
+    return tl.max(numerics.magnitude_bits(largest), axis=1)
 
 
 @triton.jit
@@ -87,6 +88,6 @@ def store_codes(
     inverse, keep = numerics.inverse_of(s), numerics.has_codes(amax, s)
     for i in tl.static_range(0, CHUNKS):
         at, mask = chunk_of(row, columns, rows, columns, i, ROWS, WIDTH, CHUNKS)
-        code = numerics.codes_of(chunks[i], inverse[:, None], keep[:, None], QMAX)
+        code = numerics.codes_of(chunks[i], inverse[:, None], keep[:, None], QMAX, BF16_SCALE)
         tl.store(codes + at, code.to(tl.int8), mask=mask)
     tl.store(scale + row, s, mask=row < rows)
