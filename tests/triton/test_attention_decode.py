@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmqat_kernels import InvalidArgument, InvalidArgumentType
+from llmqat_kernels.backends.triton import attention_decode as kernels
 from llmqat_kernels.backends.triton.attention_decode import (
     SPLIT,
     block_tokens,
@@ -54,6 +55,29 @@ def test_grouped_query_heads(repeats):
 def test_several_splits(mode, bits):
     lengths = (SPLIT, SPLIT + 1, 2 * SPLIT + 70)
     assert_close(case(bits, mode, 16, torch.bfloat16, lengths=lengths, tokens=3 * SPLIT))
+
+
+def test_queries_in_parts_change_no_bit(monkeypatch):
+    lengths = (SPLIT, 3, 2 * SPLIT, 0, SPLIT + 1)
+    args = case(8, "paper", 16, torch.bfloat16, lengths=lengths, tokens=2 * SPLIT)
+    want = attend(args)
+    monkeypatch.setattr(kernels, "MAX_SUMS", 1)
+    counted = []
+    launch = kernels.launch
+    monkeypatch.setattr(
+        kernels, "launch", lambda *a, **k: (counted.append(a[1][0]), launch(*a, **k))
+    )
+    assert_same_bits(attend(args), want)
+    assert counted == [2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "queries"), [(32, 2048, 2048), (32, 131_072, 32), (128, 2**22, 2)]
+)
+def test_partial_sums_stay_in_their_limit(heads, tokens, queries):
+    splits = tokens // SPLIT
+    assert kernels.queries_at_once(heads, splits, 128) == queries
+    assert queries == 2 or 4 * queries * heads * splits * 128 <= kernels.MAX_SUMS
 
 
 @pytest.mark.parametrize("bits", [2, 5, 7])

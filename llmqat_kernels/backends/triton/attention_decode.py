@@ -9,7 +9,8 @@ Tiling:   a program reads SPLIT tokens of one cached head for one query, in bloc
           K is two tiles of half heads: RoPE pairs stay in a lane. A second kernel adds the splits.
           SPLIT is a constant, so bits depend neither on the batch nor on the cache's size.
 Cost:     one read of codes and scales; 2 * 4 bytes * D a query head and split for the partial
-          sums (3 % of the int8 cache at 4 heads a group); paper: and the tables, from L2.
+          sums (3 % of the int8 cache at 4 heads a group); paper: and the tables, from L2. Scratch
+          memory: up to MAX_SUMS, by the size of the cache; more queries are several launches.
 Numerics: 2x rule. Codes are exact in every dtype of q; scales are applied in fp32 outside the
           products. In paper mode K is rotated in fp32 and rounded once. fp32 products are IEEE.
 Edges:    tokens past the length are never loaded. Length 0 gives 0; NaN within the length gives
@@ -43,6 +44,9 @@ GROUP = 16
 """Query heads a program: the smallest M of an MMA."""
 SPLITS_AT_ONCE = 16
 """Partial sums that the second kernel loads at once."""
+MAX_SUMS = 2**28
+"""Bytes of partial sums. More queries are taken in parts: a prefill of 256 over a cache of 128k
+tokens and 32 heads would need 2 GiB, for the host does not know how long the sequences are."""
 
 
 def block_tokens(dtype: torch.dtype, half: int, per_token: bool, regular: bool) -> int:
@@ -284,29 +288,42 @@ def attention_decode(
     # Only a cache that was cut out of another tensor may have to be copied.
     k_codes, v_codes = aligned(k_codes), aligned(v_codes)
     splits = max(1, triton.cdiv(form.tokens, SPLIT))
-    sums = empty((n, heads, splits, head_dim), torch.float32, q.device)
-    tops = empty((n, heads, splits), torch.float32, q.device)
-    weights = empty((n, heads, splits), torch.float32, q.device)
+    step = min(n, queries_at_once(heads, splits, head_dim))
+    sums = empty((step, heads, splits, head_dim), torch.float32, q.device)
+    tops = empty((step, heads, splits), torch.float32, q.device)
+    weights = empty((step, heads, splits), torch.float32, q.device)
     groups = triton.cdiv(heads // form.heads, GROUP)
-    launch(
-        attend_split_kernel, (n, form.heads * groups, splits),
-        q, k_codes, k_scale, v_codes, v_scale, aligned(cos), aligned(sin),
-        slots, lengths, sums, tops, weights,
-        form.slots, form.tokens, heads, form.heads, splits, cos.shape[0],
-        q.stride(0), q.stride(1), scaling,
-        QUANTIZED=form.quantized, PACKED=form.packed, PER_TOKEN=form.per_token,
-        HALF=form.half, HALF_BLOCK=half_block(form.half), GROUP=GROUP,
-        BLOCK=block_tokens(q.dtype, form.half, form.per_token, regular), SPLIT=SPLIT,
-        num_warps=warps(q.dtype, form.half),
-        num_stages=stages(q.dtype, form.half, form.quantized, regular), regular=regular,
-    )  # fmt: skip
-    launch(
-        add_splits_kernel, (n, heads),
-        sums, tops, weights, slots, lengths, y, form.slots, form.tokens, heads, splits,
-        D=head_dim, D_BLOCK=2 * half_block(form.half), PARTS=SPLITS_AT_ONCE, SPLIT=SPLIT,
-        num_warps=4,
-    )  # fmt: skip
+    cos, sin = aligned(cos), aligned(sin)
+    for first in range(0, n, step):
+        part = slice(first, first + step)
+        count = min(step, n - first)
+        launch(
+            attend_split_kernel, (count, form.heads * groups, splits),
+            q[part], k_codes, k_scale, v_codes, v_scale, cos, sin,
+            slots[part], lengths[part], sums, tops, weights,
+            form.slots, form.tokens, heads, form.heads, splits, cos.shape[0],
+            q.stride(0), q.stride(1), scaling,
+            QUANTIZED=form.quantized, PACKED=form.packed, PER_TOKEN=form.per_token,
+            HALF=form.half, HALF_BLOCK=half_block(form.half), GROUP=GROUP,
+            BLOCK=block_tokens(q.dtype, form.half, form.per_token, regular), SPLIT=SPLIT,
+            num_warps=warps(q.dtype, form.half),
+            num_stages=stages(q.dtype, form.half, form.quantized, regular), regular=regular,
+        )  # fmt: skip
+        launch(
+            add_splits_kernel, (count, heads),
+            sums, tops, weights, slots[part], lengths[part], y[part],
+            form.slots, form.tokens, heads, splits,
+            D=head_dim, D_BLOCK=2 * half_block(form.half), PARTS=SPLITS_AT_ONCE, SPLIT=SPLIT,
+            num_warps=4,
+        )  # fmt: skip
     return y
+
+
+def queries_at_once(heads: int, splits: int, head_dim: int) -> int:
+    """Queries whose sums over splits fit MAX_SUMS; an even number, so that each part of ``slots``
+    begins at a multiple of 16 bytes.
+    """
+    return max(2, MAX_SUMS // (4 * heads * splits * head_dim) // 2 * 2)
 
 
 def half_block(half: int) -> int:
