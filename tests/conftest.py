@@ -1,6 +1,7 @@
 """Shared fixtures. The environment is set before torch loads its OpenMP runtime."""
 
 import os
+import zlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton reads it when a kernel is defined; `make test-gpu` sets 0 and runs the compiled kernels.
@@ -17,6 +18,30 @@ from llmqat_kernels.backends import triton
 torch.set_num_threads(1)
 
 BACKENDS = ["reference", "cpu", "triton"]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-in",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the cases of each parametrized test run the first, and one in N of the others",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """What ``--one-in`` leaves out is the same in every run: a hash of the name decides."""
+    share, seen, kept, left = config.getoption("--one-in"), set(), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % share == 0
+        (kept if chosen else left).append(item)
+        seen.add(test)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
 
 
 def select_backend(name):
