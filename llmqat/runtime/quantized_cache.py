@@ -23,16 +23,13 @@ from llmqat.config import KV_MODES, PACKED_KV_BITS, QATConfig, QuantSpec
 from llmqat.errors import ConfigError
 from llmqat.models import compat
 from llmqat.models.families import find_family, iter_blocks
+from llmqat.runtime.cache_masks import READABLE, check_form, is_causal, new_columns, not_causal
+from llmqat.runtime.quantized_layer import QuantizedLayer, another_model
 from llmqat.runtime.support import attention_window, check_cache, default_max_len
 from llmqat.runtime.weights import rotary_tables
 from llmqat.state import state_of
-from llmqat_kernels import KVCache
 from llmqat_kernels import nn as qnn
 from llmqat_kernels.errors import InvalidArgument
-
-HIDDEN = -1e3
-"""What a float mask adds at most where it hides: softmax has nothing left there in any dtype."""
-READABLE = "give the mask of all tokens so far, 1 for tokens, 0 for padding"
 
 
 @dataclass(frozen=True)
@@ -57,86 +54,6 @@ class _Tokens:
         if self.kept is None:
             return rows
         return rows.new_zeros((columns, *rows.shape[1:])).index_copy_(0, self.kept, rows)
-
-
-class QuantizedLayer(compat.CacheLayerMixin):
-    """One block's codes and scales, :attr:`store`, which the first forward allocates."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-    store: KVCache | None = None
-
-    def __init__(self, max_len: int) -> None:
-        super().__init__()
-        self.max_len = max_len
-        self.seen = 0
-
-    def get_seq_length(self) -> int:
-        """Columns seen, padding included."""
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the next mask, and where it begins."""
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Tokens that a sequence may have."""
-        return self.max_len
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the attention modules allocate."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """ConfigError: an attention module of another model has called."""
-        raise _another_model()
-
-    def reset(self) -> None:
-        """Forget every token."""
-        self.seen = 0
-
-    def offload(self) -> None:
-        """Nothing: codes stay where they are."""
-
-    def prefetch(self) -> None:
-        """Nothing: codes stay where they are."""
-
-    def select(self, rows: Tensor) -> None:
-        """Continue with the sequences ``rows``, int64 [n]; one may stand several times."""
-        if self.store is None:
-            return
-        old = self.store
-        self.store = replace(
-            old,
-            **{
-                name: value if value.dim() == 1 else value.index_select(0, rows.to(value.device))
-                for name in ("k_codes", "k_scale", "v_codes", "v_scale")
-                for value in (getattr(old, name),)
-            },
-        )
-
-    def reserve(self, batch: int, key: Tensor, bits: int, mode: str) -> KVCache:
-        """The store for ``batch`` sequences of keys like ``key``, [B, T, Hkv, D].
-
-        A store without tokens may have served another batch size: nothing keeps its slots.
-        """
-        store = self.store
-        if store is None or (self.seen == 0 and len(store.k_codes) != batch):
-            heads, width = key.shape[2:]
-            self.store = None  # its memory is free before the next is taken
-            store = self.store = KVCache.allocate(
-                batch,
-                heads,
-                self.max_len,
-                width,
-                bits=bits,
-                mode=mode,
-                device=key.device,
-                dtype=key.dtype,
-            )
-        return store
 
 
 class QuantizedCache(compat.Cache):
@@ -216,7 +133,7 @@ class QuantizedCache(compat.Cache):
         Copies of one model do. With fewer blocks no forward would come to its end.
         """
         if made_for != self.made_for or layers < len(self.layers):
-            raise _another_model()
+            raise another_model()
 
     def attend(
         self,
@@ -272,7 +189,7 @@ class QuantizedCache(compat.Cache):
         """Which columns hold tokens, and where those go; the cache stays as it is."""
         batch, length = query.shape[:2]
         before = self._columns_before(batch, length, query.device)
-        new = _new_columns(mask, before, length)
+        new = new_columns(mask, before, length)
         real = torch.cat((before, new), dim=1)
         self._check_capacity(real)
         places = before.sum(1, keepdim=True) + new.cumsum(1) - 1
@@ -323,12 +240,12 @@ class QuantizedCache(compat.Cache):
             counted = ((places == position_ids) | ~new).all()
         # padding alone is how a padded prompt may begin; later it is a mask without the past
         some = new.any() | ~real.any()
-        answers = (new.all(), some, _is_causal(mask, real, new), counted)
+        answers = (new.all(), some, is_causal(mask, real, new), counted)
         whole, visible, causal, in_order = torch.stack(answers).tolist()
         if not visible:
             raise InvalidArgument(f"attention_mask: it hides every new token; {READABLE}")
         if not causal:
-            raise _not_causal()
+            raise not_causal()
         if not in_order:
             raise InvalidArgument(
                 "position_ids: a QuantizedCache counts the tokens of each sequence from 0; leave"
@@ -342,9 +259,9 @@ class QuantizedCache(compat.Cache):
             return
         new = tokens.real[:, -length:]
         if mask is not None:
-            _check_form(mask, new.shape[0], length, tokens.real.shape[1])
-        if not bool(_is_causal(mask, tokens.real, new)):
-            raise _not_causal()
+            check_form(mask, new.shape[0], length, tokens.real.shape[1])
+        if not bool(is_causal(mask, tokens.real, new)):
+            raise not_causal()
         self._masks.append(mask)
 
     def _commit(self, real: Tensor) -> None:
@@ -445,67 +362,6 @@ def _rotation(model: Any) -> tuple[float, ...]:
     # always from a table of two positions: a longer one may round the same angle otherwise
     tables = rotary_tables(model.model.rotary_emb, 2, model.model.embed_tokens.weight.device)
     return tuple(torch.cat([table[1] for table in tables]).tolist())
-
-
-def _another_model() -> ConfigError:
-    return ConfigError(
-        "past_key_values: this QuantizedCache was made for another model; make one with"
-        " QuantizedCache(model)"
-    )
-
-
-def _not_causal() -> InvalidArgument:
-    return InvalidArgument(
-        "attention_mask: only causal attention over padded batches, without windows and without"
-        f" hiding or showing other tokens; {READABLE}"
-    )
-
-
-def _check_form(mask: Any, batch: int, length: int, columns: int) -> None:
-    """Refuse what is no mask [B or 1, 1 or H, T, columns]."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        form = f"a {mask.dim()}-D mask" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ConfigError(
-            f"attn_implementation: a QuantizedCache reads the 4-D masks of sdpa and eager, not"
-            f' {form}; call model.set_attn_implementation("sdpa")'
-        )
-    if mask.shape[0] not in (1, batch) or mask.shape[2:] != (length, columns):
-        raise InvalidArgument(
-            f"attention_mask: shape {list(mask.shape)} is not [{batch}, 1, {length}, {columns}]"
-            f" (sequences, heads, new tokens, all tokens); {READABLE}"
-        )
-
-
-def _shown_and_hidden(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a mask lets a token see and where not; a bias of a float mask is neither."""
-    return (mask, ~mask) if mask.dtype == torch.bool else (mask == 0, mask <= HIDDEN)
-
-
-def _new_columns(mask: Tensor | None, before: Tensor, length: int) -> Tensor:
-    """bool [B, T]: which new columns hold tokens. Causal: a token sees itself, padding sees
-    nothing.
-    """
-    batch, seen = before.shape
-    if mask is None:
-        return torch.ones((batch, length), dtype=torch.bool, device=before.device)
-    _check_form(mask, batch, length, seen + length)
-    itself = mask[:, 0].diagonal(offset=seen, dim1=-2, dim2=-1)
-    return ~_shown_and_hidden(itself)[1].expand(batch, length)
-
-
-def _is_causal(mask: Tensor | None, real: Tensor, new: Tensor) -> Tensor:
-    """bool []: whether every token sees the tokens up to itself, and no others.
-
-    Args:
-        real: bool [B, columns], which columns hold tokens. new: its last T.
-    """
-    if mask is None:  # transformers leaves it out where nothing is hidden
-        return real.all()
-    length, columns = mask.shape[-2:]
-    causal = real.new_ones((length, columns)).tril(columns - length)
-    shown, hidden = _shown_and_hidden(mask)
-    agrees = torch.where(real[:, None, None, :] & causal, shown, hidden)
-    return (agrees | ~new[:, None, :, None]).all()  # what padding sees does not matter
 
 
 def _without_output_quantizer(linear: nn.Module) -> nn.Module:
