@@ -138,9 +138,9 @@ def silu_of_16_bits(gate):
     """fp32 SiLU of gates that are fp16 or bf16 numbers, widened: once it is rounded to the gates'
     dtype, it is that of spec 14. +inf gives NaN.
 
-    A third of the instructions: the exponential with FMAs, and no IEEE division. They change the
-    result by an ulp of fp32, which no gate notices: each of the 65,536 was tried, with inverses
-    up to 4 ulp off (tests/triton/test_silu_of_16_bits.py).
+    Less than half of the instructions: the exponential with FMAs, and no IEEE division. They
+    change the result by an ulp of fp32, which no gate notices: each of the 65,536 was tried, with
+    inverses up to 4 ulp off (tests/triton/test_silu_of_16_bits.py).
     """
     x = tl.minimum(tl.maximum(negated(gate), -SILU_HIGH), -SILU_LOW)
     # The exponent less 1 in the low bits: everything below is half of its value, in range.
