@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmqat_kernels as qk
-from benchmarks import cells, eager
+from benchmarks import cells, cuda, eager
 from benchmarks.cells import BASELINE, Candidate, Pool, with_backend, without_gradient
 from benchmarks.entry import Call, Cost, check_agreement, normal
 from benchmarks.roofline import describe, measure
@@ -359,7 +359,7 @@ def run_sweep(args: argparse.Namespace, device: torch.device) -> int:
         print(f"capacity of a paper KV{bits} cache: {kv_capacity(bits):.3f}x of bf16 (bar {bar}x)")
     too_large = []
     for work in cells.within(args.budget, plan(args.quick, device.type == "cpu"), "cells"):
-        cells.release(device)
+        cuda.release(device)
         cell = {"heads": work.heads.name, "context": work.tokens, "batch": work.batch}
         if not fits(work, device):
             too_large.append(f"{work.heads.name} {work.tokens} x {work.batch}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda, run
+from benchmarks import cuda, records
 from benchmarks.entry import Call, Cost, reason_of
 from benchmarks.roofline import Roofline, repeated, repetitions
 from benchmarks.timing import RESULTS, Timer, cuda_seconds, interleaved, summary, wall_seconds
@@ -26,7 +26,7 @@ from llmqat_kernels import use_backend
 from llmqat_kernels.errors import InvalidArgument
 
 COLUMNS = (
-    *run.WHERE,
+    *records.WHERE,
     *("triton", "cuda", "driver", "part", "cell", "candidate", "role"),
     *("p50_us", "p20_us", "p80_us", "bytes", "ops", "gb_per_s", "gop_per_s"),
     *("percent_of_copy", "percent_of_peak", "ratio", "timing", "copies", "gate"),
@@ -39,7 +39,6 @@ OURS, BASELINE = "ours", "baseline"
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
 """The backends side by side; on a CPU its own stand in, so that everything but the device runs."""
 ROUNDS = 3
-release = run.release
 Row = dict[str, Any]
 Gate = Callable[[Call], None]
 
@@ -153,7 +152,7 @@ def prepare(
 
 def check_alive(device: torch.device, name: str, note: str, advice: str = "") -> None:
     """Raise DeviceLost where the device does not answer any more; ``advice``: what to do then."""
-    if not run.responds(device):
+    if not cuda.responds(device):
         advice = advice or f"run again with --skip {name.split()[0]}"
         raise DeviceLost(f"{name}: {note}; {advice}")
 
@@ -234,7 +233,7 @@ class Recorder:
         self.part = part
         self.path = results / f"{part}_{device.type}.csv"
         self._save = save
-        self._here = run.where("events" if device.type == "cuda" else "wall", device)
+        self._here = records.where("events" if device.type == "cuda" else "wall", device)
         self.failed = 0
         self.cells = 0
 
@@ -244,7 +243,7 @@ class Recorder:
         self.failed += sum(str(row.get("gate", "")).startswith("failed") for row in rows)
         print(text_of(rows), flush=True)
         if self._save:
-            run.append(self.path, [self._here | row for row in rows], COLUMNS)
+            records.append(self.path, [self._here | row for row in rows], COLUMNS)
 
     def close(self) -> int:
         """What was done, in a line; the exit status."""

@@ -9,6 +9,7 @@ and its row says ``events``.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,3 +139,21 @@ def times(
         counts[name] = repeats * inside * len(calls)
     measured = interleaved(loops, rounds, timer=cuda_seconds)
     return {name: [t / counts[name] for t in values] for name, values in measured.items()}, how
+
+
+def responds(device: torch.device) -> bool:
+    """Whether the device still answers; after a kernel broke its context nothing runs any more."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
+def release(device: torch.device) -> None:
+    """Give memory back between shapes, and after a failure."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

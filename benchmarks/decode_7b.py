@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import cells
+from benchmarks import cells, cuda
 from benchmarks.cells import DeviceLost, check_alive
 from benchmarks.compiled_decode import PlainDecoder
 from benchmarks.decode_rates import (
@@ -119,13 +119,13 @@ class Turns:
         without the others and the first of all. A first run of each does not count; past the
         deadline nothing more is set up, and one round is enough.
         """
-        cells.release(self._device)
+        cuda.release(self._device)
         if needed <= MEMORY_SHARE * free_bytes(self._device):
             self._measure(makers)
             return
         for name, make in makers.items():
             self._anchor = {}
-            cells.release(self._device)
+            cuda.release(self._device)
             self._measure({name: make})
             if name in self.rates:
                 self.notes.setdefault(name, ALONE)
@@ -362,7 +362,7 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
         if batch == 1:
             print(table(f"Prefill of {context - 1} tokens", result["prefill"]), flush=True)
         del turns
-        cells.release(device)
+        cuda.release(device)
     return 0
 
 

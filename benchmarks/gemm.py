@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llmqat_kernels as qk
-from benchmarks import cells, eager, optional, tinygemm
+from benchmarks import cells, cuda, eager, optional, tinygemm
 from benchmarks.cells import BASELINE, Candidate, Pool, with_backend, without_gradient
 from benchmarks.entry import OTHER_GRID, Call, Cost, check_agreement, normal
 from benchmarks.roofline import describe, measure
@@ -330,7 +330,7 @@ def run_sweep(args: argparse.Namespace, device: torch.device) -> int:
     for layer, rows in cells.within(args.budget, plan(models, *sizes), "cells"):
         if weights is None or weights.layer != layer:
             weights = None  # the old one goes before the new one comes
-            cells.release(device)
+            cuda.release(device)
             weights = Weights(layer, device, backends)
         inputs = Inputs(layer, rows, device)
         found: Mapping[str, Candidate] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.entries.linears import OWN_W8A8
-from benchmarks.run import OURS
+from benchmarks.records import OURS
 from llmqat.errors import DataError
 
 MISSING = "not yet measured on a GPU"

@@ -48,7 +48,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmqat
 import llmqat_kernels as qk
-from benchmarks import cells
+from benchmarks import cells, cuda
 from benchmarks.cells import DeviceLost
 from benchmarks.eager import PaperFakeQuantize
 from benchmarks.entry import reason_of
@@ -262,7 +262,7 @@ def attempt(name: str, failed: Failed, device: torch.device, call: Callable[[], 
         failed[name] = reason_of(error)
         advice = "run again without it (--model, --backend)"
         cells.check_alive(device, name, failed[name], advice)
-    cells.release(device)
+    cuda.release(device)
     return None
 
 
@@ -504,7 +504,7 @@ def run_models(args: argparse.Namespace, device: torch.device) -> int:
             kept.count(name)
         else:
             kept.measure(name, deadline)
-        cells.release(device)
+        cuda.release(device)
     return kept.close()
 
 

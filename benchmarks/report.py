@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuda_figures, cuda_pages, gpu_figures
+from benchmarks.records import OURS, table_head, table_line
 from benchmarks.registry import cases
-from benchmarks.run import OURS, table_head, table_line
 from benchmarks.timing import RESULTS, save
 from llmqat.errors import DataError
 from llmqat.io import write_text

@@ -14,9 +14,6 @@ failed row, and the next one follows. Exit status 1 if a row failed, or without 
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
-import io
 import math
 import os
 import statistics
@@ -24,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +28,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from benchmarks import cuda, optional
+from benchmarks import cuda, gpu_figures
 from benchmarks.entry import Job, check_baselines, reason_of, with_optional
+from benchmarks.records import OURS, Record, Row, head, key_of, table_head, where
 from benchmarks.registry import Case, cases
 from benchmarks.roofline import Roofline, describe, measure, repeated, repetitions
 from benchmarks.timing import (
@@ -41,30 +38,15 @@ from benchmarks.timing import (
     Timer,
     cpu_seconds,
     cuda_seconds,
-    environment,
     interleaved,
     require_device,
     summary,
     wall_seconds,
 )
-from llmqat.io import make_dir, write_text
 from llmqat_kernels import dispatch
 from llmqat_kernels.errors import InvalidArgument
 
-OURS = "llmqat"
-WHERE = ("time", "commit", "processor", "isa", "threads", "python", "torch", "clock")
-COLUMNS = (
-    *WHERE,
-    *("op", "variant", "shape", "dtype", "backend", "candidate", "p50_us", "p20_us", "p80_us"),
-    *("bytes", "flops", "int_ops", "gb_per_s", "gop_per_s", "bound", "percent_of_bound"),
-    *("ratio", "gate", "triton", "cuda", "driver", "timing", "copies", "peak_bytes"),
-)
-"""``ratio``: a baseline's time over ours, the median of the rounds; above 1 we are faster. The last
-three on a GPU: ``graph`` or ``events``, copies of the inputs, memory of one call."""
-KEY = ("op", "variant", "shape", "dtype")
-"""The columns that name a case."""
 CLOCKS: dict[str, Timer] = {"wall": wall_seconds, "cpu": cpu_seconds}
-Row = dict[str, Any]
 
 
 def times(job: Job, timer: Timer, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -119,7 +101,7 @@ def rows_of(case: Case, backend: str, measured: Measured, roofline: Roofline) ->
     rows: list[Row] = []
     for name, values in measured.seconds.items():
         figure = summary(values)
-        row = _head(case, backend, name) | {
+        row = head(case, backend, name) | {
             f"{key}_us": f"{1e6 * value:.2f}" for key, value in figure.items()
         }
         if measured.copies is not None:
@@ -146,17 +128,6 @@ def rows_of(case: Case, backend: str, measured: Measured, roofline: Roofline) ->
     return rows
 
 
-def _head(case: Case, backend: str, candidate: str) -> Row:
-    return {
-        "op": case.entry.op,
-        "variant": case.entry.variant,
-        "shape": case.shape.label,
-        "dtype": case.dtype_name,
-        "backend": backend if candidate == OURS else "",
-        "candidate": candidate,
-    }
-
-
 def run_case(
     case: Case,
     device: torch.device,
@@ -176,14 +147,14 @@ def run_case(
         check_baselines(job)
     except AssertionError as error:
         reason = " ".join(str(error).split())
-        return [_head(case, backend, OURS) | {"gate": f"failed: {reason}"}]
+        return [head(case, backend, OURS) | {"gate": f"failed: {reason}"}]
     if device.type == "cuda":
         job, missing = with_optional(job)
         measured = on_cuda(case, job, device, rounds)
     else:
         measured = Measured(times(job, timer, rounds, seconds))
     left_out = [
-        _head(case, backend, name) | {"gate": f"left out: {reason}"}
+        head(case, backend, name) | {"gate": f"left out: {reason}"}
         for name, reason in missing.items()
     ]
     return rows_of(case, backend, measured, roofline) + left_out
@@ -208,31 +179,11 @@ def attempt(
         backend = dispatch.resolve(case.entry.op, device.type, "auto").backend
     except Exception:  # then this is what the case raised
         backend = ""
-    return [_head(case, backend, OURS) | {"gate": f"failed: {reason}"}]
-
-
-def responds(device: torch.device) -> bool:
-    """Whether the device still answers; after a kernel broke its context nothing runs any more."""
-    if device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize(device)
-    except Exception:
-        return False
-    return True
-
-
-def release(device: torch.device) -> None:
-    """Give memory back between shapes, and after a failure."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    return [head(case, backend, OURS) | {"gate": f"failed: {reason}"}]
 
 
 def read_by_figures(chosen: Sequence[Case]) -> set[tuple[str, ...]]:
     """The keys of the cases that README's GPU table reads: what its readers ask for."""
-    from benchmarks import gpu_figures  # which imports this module
-
     asked: set[tuple[str, ...]] = set()
 
     class Asked(gpu_figures.Results):
@@ -244,15 +195,10 @@ def read_by_figures(chosen: Sequence[Case]) -> set[tuple[str, ...]]:
             return groups
 
     # A reader needs no times of a row that failed.
-    groups = [[_head(case, "", OURS) | {"gate": "failed: not run"}] for case in chosen]
+    groups = [[head(case, "", OURS) | {"gate": "failed: not run"}] for case in chosen]
     for figure in gpu_figures.FIGURES:
         figure.read(Asked(groups, {}))
     return asked
-
-
-def key_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What names the case of a row."""
-    return tuple(row[column] for column in KEY)
 
 
 def most_important_first(chosen: Sequence[Case], device_type: str) -> list[Case]:
@@ -263,111 +209,9 @@ def most_important_first(chosen: Sequence[Case], device_type: str) -> list[Case]
 
     def rank(case: Case) -> tuple[bool, int]:
         shapes = case.entry.grid(device_type).shapes
-        return key_of(_head(case, "", OURS)) not in read, shapes.index(case.shape)
+        return key_of(head(case, "", OURS)) not in read, shapes.index(case.shape)
 
     return sorted(chosen, key=rank)
-
-
-def table_head() -> str:
-    """Head of the table on the terminal and in docs/benchmarks.md."""
-    names = ("op", "shape", "dtype", "backend", "p50 (p20-p80)", "GB/s", "GOP/s", "% of bound")
-    return f"| {' | '.join([*names, 'times a baseline takes'])} |\n|{'---|' * 9}"
-
-
-def table_line(rows: Sequence[Row]) -> str:
-    """One case as a line of markdown; ``rows``: the op's, then its baselines'."""
-    ours, *baselines = rows
-    name = f"{ours['op']} {ours['variant']}".strip()
-    cells = [name, ours["shape"], ours["dtype"], ours["backend"]]
-    if ours["gate"] != "passed":
-        gate = ours["gate"].replace("|", "/")  # a bar in a message would be a column
-        return f"| {' | '.join(cells)} | gate {gate}; not timed | | | | |"
-    p50, p20, p80 = (float(ours[f"{key}_us"]) for key in ("p50", "p20", "p80"))
-    ratios = ", ".join(
-        f"{row['candidate']} {float(row['ratio']):.2f}x" for row in baselines if row.get("ratio")
-    )
-    cells += [
-        f"{_micro(p50)} ({_micro(p20)}-{_micro(p80)}) us",
-        ours["gb_per_s"],
-        ours["gop_per_s"],
-        f"{float(ours['percent_of_bound']):.0f} {ours['bound']}",
-        ratios,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _micro(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def append(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
-    """Add rows to a results file, which is replaced as a whole; columns that it lacks stay empty in
-    its older rows.
-
-    Raises:
-        InvalidArgument: the file has columns that are none of ours.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    if path.exists():
-        with path.open(newline="") as file:
-            before = csv.DictReader(file)
-            if not set(before.fieldnames or ()) <= set(columns):
-                raise InvalidArgument(
-                    f"results: {path} has other columns; move it away and run again"
-                )
-            writer.writerows(before)
-    writer.writerows(rows)
-    make_dir(path.parent)
-    write_text(path, text.getvalue())
-
-
-def where(clock: str, device: torch.device) -> Row:
-    """The columns that say where and when a row was measured."""
-    found = environment(device)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    known = {key: value for key, value in found.items() if key in COLUMNS and value is not None}
-    return {"time": now, "clock": clock, **known}
-
-
-class Record:
-    """The rows of a run, appended to a file as they come (None: kept here only)."""
-
-    def __init__(self, path: Path | None, here: Row) -> None:
-        self._path, self._here = path, here
-        self.rows: list[Row] = []
-
-    def store(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows with where they were measured, on disk."""
-        found = [self._here | row for row in rows]
-        if self._path is not None:
-            append(self._path, found)
-        return found
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """One case: its line on the terminal, its rows in the file."""
-        print(table_line(rows), flush=True)
-        self.rows += self.store(rows)
-
-    @property
-    def failed(self) -> int:
-        """Rows that failed."""
-        return sum(str(row.get("gate", "")).startswith("failed") for row in self.rows)
-
-    def close(self, device: torch.device) -> int:
-        """What was done, and what is missing in which row; the exit status."""
-        if device.type == "cuda":
-            packages = ", ".join(f"{name} {found}" for name, found in optional.versions().items())
-            print(f"\nOther packages: {packages}.")
-            reasons = {f"{r['candidate']}: {r['gate']}" for r in self.rows if _left_out(r)}
-            print("\n".join(sorted(reasons)))
-        slow = sorted({row["op"] for row in self.rows if row["backend"] == "reference"})
-        if slow:
-            print(f"\nOn the reference backend (no {device.type} kernel): {', '.join(slow)}.")
-        if self._path is not None:
-            print(f"\n{len(self.rows)} rows appended to {self._path}, {self.failed} failed")
-        return int(self.failed > 0)
 
 
 def run_cases(
@@ -385,7 +229,7 @@ def run_cases(
             return True
         rows = start(case)
         record.add(rows)
-        if not responds(device):
+        if not cuda.responds(device):
             left = len(chosen) - index - 1
             print(
                 f"the device does not answer after {case.name}, {case.shape.label} (or one of its"
@@ -395,7 +239,7 @@ def run_cases(
             return False
         torch.compiler.reset()  # compiled baselines of one row must not count as recompilations
         if rows[0]["gate"] != "passed":
-            release(device)
+            cuda.release(device)
     return True
 
 
@@ -466,10 +310,6 @@ def measure_all(args: argparse.Namespace, chosen: Sequence[Case], device: torch.
 
     answers = run_cases(chosen, record, device, start, deadline)
     return record.close(device) or int(not answers)
-
-
-def _left_out(row: Row) -> bool:
-    return str(row.get("gate", "")).startswith("left out")
 
 
 def _roofline_rows(roofline: Roofline) -> list[Row]:

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from benchmarks import cells
+from benchmarks import cells, cuda
 from benchmarks.cells import DeviceLost
 from benchmarks.entry import Job, everything, reason_of
 from benchmarks.kernel_forms import kernels_of, modules
@@ -182,7 +182,7 @@ def _measure_op(
         if why:
             bucket.refused[tile] = why
             cells.check_alive(expected[0].device, f"{op} {tile}", why, ADVICE)
-            cells.release(expected[0].device)
+            cuda.release(expected[0].device)
         else:
             runs[name] = with_tile(tile)
     count = repetitions(runs[DEFAULT], timer, SECONDS)
@@ -252,7 +252,7 @@ def sweep(
         if isinstance(timed, str):
             failed = True
             print(f"{label}: {timed}", file=sys.stderr)
-            cells.release(device)
+            cuda.release(device)
             continue
         for op, key in timed:
             print(f"{label}: {op} {key}", flush=True)

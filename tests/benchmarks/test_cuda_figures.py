@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import cells, cuda_figures, cuda_pages, report, run
+from benchmarks import cells, cuda_figures, cuda_pages, records, report
 from benchmarks.attention import FORMS
 from benchmarks.gemm import CUBLAS, LAYERS
 
@@ -42,8 +42,8 @@ def write(folder, ours=10.0, share=90.0, gate="passed"):
             attentions.append(row("attention", cell, f"cuda KV{bits} {mode}", "ours", time))
         for name, time in (("SDPA flash", 40.0), ("SDPA efficient", 90.0)):
             attentions.append(row("attention", cell, name, "baseline", time))
-    run.append(folder / "gemm_cuda.csv", products, cells.COLUMNS)
-    run.append(folder / "attention_cuda.csv", attentions, cells.COLUMNS)
+    records.append(folder / "gemm_cuda.csv", products, cells.COLUMNS)
+    records.append(folder / "attention_cuda.csv", attentions, cells.COLUMNS)
     rates = {"llmqat W4A8KV8": 900.0, "compiled int4": 450.0, "transformers bf16": 40.0}
     decode = {
         "tokens_per_second": {n: {"p50": r, "p20": r, "p80": r} for n, r in rates.items()},
@@ -117,7 +117,7 @@ def test_triton_is_shown_where_there_is_no_cuda_kernel(tmp_path):
         for layer in LAYERS
         for name, role, time in (("triton W4A8", "ours", 20.0), (CUBLAS, "baseline", 30.0))
     ]
-    run.append(tmp_path / "gemm_cuda.csv", rows, cells.COLUMNS)
+    records.append(tmp_path / "gemm_cuda.csv", rows, cells.COLUMNS)
     assert "1.50x (M=1) to 1.50x, triton W4A8: bar missed" in table(tmp_path)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_figures, report, run
+from benchmarks import gpu_figures, records, report, run
 from benchmarks.registry import cases
 from benchmarks.roofline import Roofline
 from llmqat.errors import DataError
@@ -34,12 +34,12 @@ def write(results, time=1.0, chosen=None):
     rows = []
     for case in cases(device_type="cuda") if chosen is None else chosen:
         floor, _ = ROOF.bound(case.cost, case.dtype)
-        seconds = {run.OURS: [time * floor / 0.9]}
+        seconds = {records.OURS: [time * floor / 0.9]}
         seconds |= {name: [time * ratio * floor / 0.9] for name, ratio in OTHERS.items()}
-        peak = {name: 100 for name in seconds} | {run.OURS: 5}
+        peak = {name: 100 for name in seconds} | {records.OURS: 5}
         measured = run.Measured(seconds, dict.fromkeys(seconds, "graph"), 2, peak)
         rows += [HERE | row for row in run.rows_of(case, "triton", measured, ROOF)]
-    run.append(results / "cuda.csv", rows)
+    records.append(results / "cuda.csv", rows)
 
 
 def write_json(results, name, value):
@@ -104,8 +104,8 @@ def test_a_difference_and_too_few_shapes_miss_the_bar(measured):
 def test_a_failed_gate_is_said(measured):
     case = next(cases(["silu_mul_quantize"], device_type="cuda"))
     head = {"op": case.entry.op, "variant": case.entry.variant, "shape": case.shape.label}
-    head |= {"dtype": "bfloat16", "candidate": run.OURS, "gate": "failed: output 0"}
-    run.append(measured / "cuda.csv", [HERE | head])
+    head |= {"dtype": "bfloat16", "candidate": records.OURS, "gate": "failed: output 0"}
+    records.append(measured / "cuda.csv", [HERE | head])
     assert f"gate failed at {case.shape.label}: bar missed" in table(measured)
 
 
@@ -130,10 +130,14 @@ def test_a_case_that_raised_is_never_a_number(measured):
     """Its row has no time: the figures that read it say so, the page of rows too."""
     rows = [
         {"op": c.entry.op, "variant": c.entry.variant, "shape": c.shape.label}
-        | {"dtype": c.dtype_name, "candidate": run.OURS, "gate": "failed: OutOfMemoryError: a | b"}
+        | {
+            "dtype": c.dtype_name,
+            "candidate": records.OURS,
+            "gate": "failed: OutOfMemoryError: a | b",
+        }
         for c in cases(device_type="cuda")
     ]
-    run.append(measured / "cuda.csv", [HERE | row for row in rows])
+    records.append(measured / "cuda.csv", [HERE | row for row in rows])
     text = table(measured)
     assert "9.00x" not in text and "1.70x" not in text and "| 90 % (" not in text
     assert "| 5.0 % (" not in text and text.count("gate failed at") > 5

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import report, run
+from benchmarks import records, report, run
 from benchmarks.registry import cases
 from llmqat.errors import DataError
 
@@ -92,15 +92,15 @@ def rows(seconds, time, processor="Some CPU"):
     here = {"time": time, "commit": "abc", "processor": processor, "isa": "avx2", "threads": 1}
     here |= {"torch": "2.13.0", "clock": "wall"}
     roof = run.Roofline({1: 1e9}, 1e9, 1e9, 1e9)
-    measured = run.Measured({run.OURS: [seconds], "eager": [3 * seconds]})
+    measured = run.Measured({records.OURS: [seconds], "eager": [3 * seconds]})
     return [here | row for row in run.rows_of(CASE, "cpu", measured, roof)]
 
 
 def test_the_newest_row_of_each_machine_is_shown(tmp_path):
     path = tmp_path / "cpu.csv"
-    run.append(path, rows(1.0, "2026-01-01T00:00:00"))
-    run.append(path, rows(5.0, "2026-01-01T00:00:00", "Other CPU"))
-    run.append(path, rows(2.0, "2026-01-02T00:00:00"))
+    records.append(path, rows(1.0, "2026-01-01T00:00:00"))
+    records.append(path, rows(5.0, "2026-01-01T00:00:00", "Other CPU"))
+    records.append(path, rows(2.0, "2026-01-02T00:00:00"))
     tables = report.kernel_tables(tmp_path)
     assert "2000000 (2000000-2000000) us" in tables and "1000000 (" not in tables
     assert tables.count("thread(s), wall clock") == 2

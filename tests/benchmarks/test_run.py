@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import roofline, run
+from benchmarks import records, roofline, run
 from benchmarks.registry import cases
 from benchmarks.roofline import Roofline
 from benchmarks.timing import wall_seconds
@@ -19,6 +19,7 @@ from llmqat_kernels.errors import InvalidArgument
 ROOF = Roofline({1: 1e9}, fp32=1e9, bf16=1e9, int8=1e9)
 CPU = torch.device("cpu")
 CASE = next(cases(["pack_int4"]))
+BARS = records.table_head().splitlines()[0].count("|")
 
 
 @pytest.fixture
@@ -31,36 +32,38 @@ def small_roofline(monkeypatch):
 
 
 def test_rows_hold_rates_and_the_median_of_paired_ratios():
-    measured = {run.OURS: [1e-3, 2e-3, 1e-3], "eager": [2e-3, 8e-3, 1e-3]}
+    measured = {records.OURS: [1e-3, 2e-3, 1e-3], "eager": [2e-3, 8e-3, 1e-3]}
     ours, eager = run.rows_of(CASE, "cpu", run.Measured(measured), ROOF)
     assert "timing" not in ours and "copies" not in ours
     assert ours["p50_us"] == "1000.00" and ours["gate"] == "passed"
     assert ours["gb_per_s"] == f"{CASE.cost.bytes / 1e-3 / 1e9:.2f}"
     assert float(ours["percent_of_bound"]) == round(100 * CASE.cost.bytes / 1e9 / 1e-3, 1)
     assert eager["ratio"] == "2.000" and eager["backend"] == ""
-    line = run.table_line([ours, eager])
-    assert "eager 2.00x" in line and line.count("|") == run.table_head().splitlines()[0].count("|")
+    line = records.table_line([ours, eager])
+    assert "eager 2.00x" in line and line.count("|") == records.table_head().splitlines()[0].count(
+        "|"
+    )
 
 
 def test_a_losing_ratio_is_printed():
-    measured = run.Measured({run.OURS: [1e-3], "eager": [1e-4]})
+    measured = run.Measured({records.OURS: [1e-3], "eager": [1e-4]})
     rows = run.rows_of(CASE, "cpu", measured, ROOF)
-    assert "eager 0.10x" in run.table_line(rows)
+    assert "eager 0.10x" in records.table_line(rows)
 
 
 def test_a_gpu_row_says_how_it_was_timed_and_what_was_left_out():
     """Rows of what a GPU would have measured: the figures here are made up."""
     measured = run.Measured(
-        {run.OURS: [1e-3], "eager": [2e-3]},
-        {run.OURS: "graph", "eager": "events"},
+        {records.OURS: [1e-3], "eager": [2e-3]},
+        {records.OURS: "graph", "eager": "events"},
         3,
-        {run.OURS: 10, "eager": 100},
+        {records.OURS: 10, "eager": 100},
     )
     ours, eager = run.rows_of(CASE, "triton", measured, ROOF)
     assert (ours["timing"], ours["copies"], ours["peak_bytes"]) == ("graph", 3, 10)
     assert (eager["timing"], eager["peak_bytes"]) == ("events", 100)
     missing = {"candidate": "torchao", "gate": "left out: not installed"}
-    line = run.table_line([ours, eager, missing])
+    line = records.table_line([ours, eager, missing])
     assert "eager 2.00x" in line and "torchao" not in line
 
 
@@ -81,8 +84,8 @@ def test_a_run_on_cuda_times_every_copy_of_the_inputs(monkeypatch):
     job = CASE.build(torch.device("cpu"))
     job = dataclasses.replace(job, baselines={"eager": job.call})
     measured = run.on_cuda(CASE, job, torch.device("cpu"), 2)
-    assert seen == {run.OURS: 4, "eager": 4} and measured.copies == 4
-    assert measured.peak == {run.OURS: 7, "eager": 7} and measured.timing["eager"] == "graph"
+    assert seen == {records.OURS: 4, "eager": 4} and measured.copies == 4
+    assert measured.peak == {records.OURS: 7, "eager": 7} and measured.timing["eager"] == "graph"
 
 
 def test_a_budget_names_what_it_leaves_out(small_roofline, tmp_path, capsys):
@@ -99,8 +102,10 @@ def test_a_failed_gate_is_a_row_without_a_time():
     case = dataclasses.replace(CASE, entry=dataclasses.replace(CASE.entry, build=build))
     (row,) = run.run_case(case, torch.device("cpu"), wall_seconds, ROOF, 1, 1e-4)
     assert row["gate"].startswith("failed: wrong") and "p50_us" not in row
-    line = run.table_line([row])
-    assert "not timed" in line and line.count("|") == run.table_head().splitlines()[0].count("|")
+    line = records.table_line([row])
+    assert "not timed" in line and line.count("|") == records.table_head().splitlines()[0].count(
+        "|"
+    )
 
 
 def test_a_run_appends_its_rows(small_roofline, tmp_path, capsys):
@@ -139,7 +144,7 @@ def test_whatever_a_case_raises_is_a_row_and_the_others_go_on(
     rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
     bad, good, *_ = [row for row in rows if row["op"] != "roofline"]
     assert bad["gate"] == "failed: RuntimeError: CUDA out of memory | 1"
-    assert (bad["op"], bad["p50_us"], bad["candidate"]) == ("pack_int4", "", run.OURS)
+    assert (bad["op"], bad["p50_us"], bad["candidate"]) == ("pack_int4", "", records.OURS)
     assert bad["backend"] and bad["time"]
     assert (good["op"], good["gate"]) == ("unpack_int4", "passed") and float(good["p50_us"]) > 0
 
@@ -188,8 +193,8 @@ def test_a_device_that_does_not_answer_ends_the_run(monkeypatch, tmp_path, capsy
         started.append(case)
         return run.attempt(raising(case, RuntimeError("illegal access")), CPU, *[None] * 4)
 
-    monkeypatch.setattr(run, "responds", lambda device: False)
-    record = run.Record(tmp_path / "cpu.csv", {})
+    monkeypatch.setattr(run.cuda, "responds", lambda device: False)
+    record = records.Record(tmp_path / "cpu.csv", {})
     assert not run.run_cases([first, last], record, CPU, start, float("inf"))
     assert started == [first] and record.failed == 1 and record.close(CPU) == 1
     assert "does not answer after pack_int4" in capsys.readouterr().err
@@ -210,7 +215,7 @@ def test_quick_records_nothing(small_roofline, tmp_path, capsys):
 def test_a_file_with_fewer_columns_gets_the_new_ones(tmp_path):
     path = tmp_path / "cpu.csv"
     path.write_text("time,op,ratio\n2026,quantize,2.0\n")
-    run.append(path, [{"op": "dequantize", "driver": "1.2"}])
+    records.append(path, [{"op": "dequantize", "driver": "1.2"}])
     old, new = csv.DictReader(path.read_text().splitlines())
     assert (old["op"], old["ratio"], old["driver"]) == ("quantize", "2.0", "")
     assert (new["op"], new["driver"]) == ("dequantize", "1.2")
@@ -219,7 +224,7 @@ def test_a_file_with_fewer_columns_gets_the_new_ones(tmp_path):
 def test_other_columns_are_not_mixed(tmp_path):
     (tmp_path / "cpu.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InvalidArgument, match="other columns"):
-        run.append(tmp_path / "cpu.csv", [{"op": "quantize"}])
+        records.append(tmp_path / "cpu.csv", [{"op": "quantize"}])
     assert (tmp_path / "cpu.csv").read_text() == "a,b\n1,2\n"
 
 

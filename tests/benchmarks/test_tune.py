@@ -104,6 +104,6 @@ def test_a_bucket_whose_cases_failed_keeps_what_was_known():
 
 
 def test_a_device_that_does_not_answer_ends_the_sweep(monkeypatch, path):
-    monkeypatch.setattr(tune.cells.run, "responds", lambda device: False)
+    monkeypatch.setattr(tune.cuda, "responds", lambda device: False)
     with pytest.raises(DeviceLost, match="PassManager::run failed; run again without it"):
         sweep([Case(4), Case(8)], path)
