@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu_figures, qat_slice, report, timing
-from benchmarks.qat_slice import MODELS, saved_bytes
+from benchmarks import gpu_figures, qat_models, qat_slice, report, timing
+from benchmarks.qat_models import MODELS, saved_bytes
 
 CPU = torch.device("cpu")
 
@@ -71,11 +71,11 @@ def test_counting_alone_gives_the_same_bytes(tiny):
 
 
 def test_the_eager_model_quantizes_linears_keys_and_values():
-    model = qat_slice.make_eager(MODELS["tiny"].build(CPU, 0))
+    model = qat_models.make_eager(MODELS["tiny"].build(CPU, 0))
     kinds = {
         name.rsplit(".", 1)[-1]: module.out_bits
         for name, module in model.named_modules()
-        if isinstance(module, qat_slice.EagerLinear)
+        if isinstance(module, qat_models.EagerLinear)
     }
     assert kinds.pop("k_proj") == kinds.pop("v_proj") == 4
     assert len(kinds) == 5 and set(kinds.values()) == {0}

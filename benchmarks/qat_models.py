@@ -1,0 +1,197 @@
+"""What a training step of benchmarks/qat_slice.py is made of: models, candidates, saved bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llmqat
+import llmqat_kernels as qk
+from benchmarks.eager import PaperFakeQuantize
+from llmqat.models import compat
+
+SETTING = "4-8-4"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a model and of its batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tokens: int
+    tied: bool = False
+
+    def build(self, device: torch.device, seed: int) -> LlamaForCausalLM:
+        """Random bf16 weights on ``device``; nothing is downloaded."""
+        config = LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=max(2048, self.tokens),
+            tie_word_embeddings=self.tied,
+            attn_implementation="sdpa",
+        )
+        torch.manual_seed(seed)
+        with device:
+            model = LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
+        compat.restore_rotary(model)  # `.to` must not round the rotary frequencies
+        return model
+
+
+MODELS = {
+    "slice": Model(4096, 11008, 4, 32, 32, 32000, 2048),
+    "smollm2": Model(576, 1536, 30, 9, 3, 49152, 2048, tied=True),
+    "narrow": Model(576, 1536, 2, 9, 9, 8192, 256),
+    "tiny": Model(64, 160, 2, 2, 1, 256, 32),
+}
+
+
+class EagerLinear(nn.Linear):
+    """Fake-quantized weight, input and (K and V) output, in plain torch operations."""
+
+    w_bits: int
+    a_bits: int
+    out_bits: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = PaperFakeQuantize.apply(x, self.a_bits)
+        y = F.linear(x, PaperFakeQuantize.apply(self.weight, self.w_bits), self.bias)
+        return PaperFakeQuantize.apply(y, self.out_bits) if self.out_bits else y
+
+
+def make_eager(model: nn.Module) -> nn.Module:
+    """Every linear of every block as an EagerLinear, in place."""
+    config = llmqat.QATConfig.parse(SETTING)
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = EagerLinear
+            module.w_bits, module.a_bits = config.weight.bits, config.activation.bits
+            is_kv = name.endswith(("k_proj", "v_proj"))
+            module.out_bits = config.kv.bits if is_kv else 0
+    return model
+
+
+def make_llmqat(model: nn.Module, fused: bool) -> nn.Module:
+    """The prepared model, in the paper's KV mode."""
+    config = llmqat.QATConfig.parse(SETTING, kv_mode="paper")
+    return llmqat.prepare(model, config, fused=fused)
+
+
+def candidates() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What takes turns, and how each is made of a model without quantization."""
+    return {
+        "plain": lambda model: model,
+        "eager": make_eager,
+        "llmqat": lambda model: make_llmqat(model, fused=False),
+        "llmqat fused": lambda model: make_llmqat(model, fused=True),
+    }
+
+
+def weight_code_storages(model: nn.Module) -> set[int]:
+    """Addresses of the weight codes and scales that the prepared linears keep."""
+    return {
+        tensor.untyped_storage().data_ptr()
+        for module in model.modules()
+        if hasattr(module, "weight_codes") and callable(module.weight_codes)
+        for tensor in _tensors(module.weight_codes())
+    }
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    return (item for item in (value if isinstance(value, tuple) else (value,)) if item is not None)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
+    """Bytes that autograd keeps of ``forward``: ``activations``, and ``weight_codes``.
+
+    A storage counts once, whole, however many tensors share it; parameters and buffers of the
+    model do not count.
+    """
+    own = (*model.parameters(), *model.buffers())
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
+    codes = weight_code_storages(model)
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            kept[address] = tensor  # alive until all are counted: no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    sizes = {address: tensor.untyped_storage().nbytes() for address, tensor in kept.items()}
+    weights = sum(size for address, size in sizes.items() if address in codes)
+    del result
+    return {"activations": sum(sizes.values()) - weights, "weight_codes": weights}
+
+
+class Step:
+    """A training step of one candidate."""
+
+    def __init__(
+        self,
+        sizes: Model,
+        change: Callable[[nn.Module], nn.Module],
+        teacher: nn.Module | None,
+        device: torch.device,
+    ) -> None:
+        self.student = change(sizes.build(device, seed=0).train())
+        self.teacher = teacher
+        # So small that every step does the same work on practically the same weights.
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=1e-9, weight_decay=0.0, fused=True
+        )
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, sizes.vocab, (1, sizes.tokens), generator=generator)
+        self.ids = ids.to(device)
+
+    def checkpointing(self, on: bool) -> None:
+        """Activation checkpointing of every block."""
+        if on:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.student.gradient_checkpointing_disable()
+
+    def forward(self) -> Tensor:
+        """Last hidden states of the student."""
+        return self.student.model(self.ids, use_cache=False).last_hidden_state
+
+    def run(self) -> Tensor:
+        """A whole step; returns the loss without waiting for the device."""
+        assert self.teacher is not None  # None: forwards only
+        with torch.no_grad():
+            wanted = self.teacher.model(self.ids, use_cache=False).last_hidden_state
+        try:
+            loss = qk.distillation_loss(
+                self.forward(), self.student.lm_head.weight, wanted, self.teacher.lm_head.weight
+            )
+            loss.backward()
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad()  # half a backward that ran out of memory leaves nothing
+        return loss.detach()
+
+    def peak_bytes(self) -> int:
+        """Memory of a step on top of what lives between steps (CUDA)."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
