@@ -18,7 +18,7 @@ import pytest
 
 from llmqat import io
 from llmqat.errors import CheckpointError, ConfigError, DataError, LockError
-from tests.llmqat.store_faults import STEPS, Faults
+from tests.llmqat.file_faults import STEPS, Faults
 
 
 def names(folder: Path) -> list[str]:

@@ -18,11 +18,11 @@ import pytest
 from llmqat.data import Record, RecordWriter, open_dataset, store
 from llmqat.data.records import encode_part
 from llmqat.errors import ConfigError, DataError, LockError
+from tests.llmqat.file_faults import Faults
 from tests.llmqat.store_faults import (
     PARTS,
     PER_PART,
     RECORDS,
-    Faults,
     fill,
     fingerprint,
     make_record,
@@ -32,11 +32,10 @@ from tests.llmqat.store_faults import (
 
 
 def faults_driver(mode: str, scratch: Path) -> dict[str, int]:
-    script = Path(__file__).with_name("store_faults.py")
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), mode, str(scratch)],
+        [sys.executable, "-m", "tests.llmqat.store_faults", mode, str(scratch)],
         capture_output=True,
         text=True,
         env=environment,
