@@ -16,7 +16,7 @@ void* current_cuda_stream(int32_t device_index) {
   }();
   STD_TORCH_CHECK(getter != nullptr, "libtorch_cuda.so is not loaded or has no current stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(device_index, &stream));
   return stream;
 }
 
