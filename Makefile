@@ -23,7 +23,12 @@ SLOWEST_TESTS := $(addprefix tests/,emulator/test_planted_bugs.py llmqat/test_fu
 help:    ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:    *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
+# BIN=FOLDER: the programs of an environment of your own, in which the package is installed.
+ifeq ($(origin BIN),file)
 venv: $(VENV)/.done  ## .venv with everything installed and the native library built
+else
+venv: ; @$(BIN)/python -c "import llmqat"
+endif
 
 # torch is pinned: an unpinned one pulls gigabytes of CUDA packages.
 $(VENV)/.done: pyproject.toml requirements-demo.txt setup.py $(shell find csrc -type f)
