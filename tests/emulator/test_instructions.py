@@ -37,6 +37,8 @@ def emulated():
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The same kernels by nvcc, for the device that is there."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on the PATH")
     major, minor = torch.cuda.get_device_capability()

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 
-import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -15,7 +14,9 @@ from llmqat.errors import ConfigError, DataError
 from tests.llmqat.tiny import tiny_llama
 from tests.llmqat.tiny_tokenizer import save_character_tokenizer
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install llmqat[eval]")
+
+import datasets
 
 from llmqat.eval.tasks import TASKS, ZERO_SHOT, TaskSuite, averages, resolve_tasks_dir
 
