@@ -53,16 +53,12 @@ logger = logging.getLogger(__name__)
 
 
 def announce_backend(device: torch.device) -> None:
-    """On CUDA, say on stderr that operators without a kernel there run as plain torch."""
-    if device.type == "cuda":
-        slow = [
-            choice.op for choice in llmqat_kernels.choices("cuda") if choice.backend == "reference"
-        ]
-        print(
-            f"cuda: the reference backend (plain torch) serves {len(slow)} operators, which have no"
-            " kernel yet",
-            file=sys.stderr,
-        )
+    """Say on stderr which operators a CUDA device runs as plain torch, for want of a kernel."""
+    if device.type != "cuda":
+        return
+    choices = llmqat_kernels.choices("cuda")
+    if slow := [choice.op for choice in choices if choice.backend == "reference"]:
+        print(f"cuda: plain torch (slow) runs {', '.join(slow)}: no kernel", file=sys.stderr)
 
 
 def load_plain(role: str, folder: str, dtype: torch.dtype) -> nn.Module:

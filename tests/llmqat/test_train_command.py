@@ -22,6 +22,7 @@ from llmqat.data import Record, RecordWriter
 from llmqat.errors import ConfigError
 from llmqat.train.arguments import QuantArguments, TrainArguments
 from llmqat.train.metrics import read_metrics
+from llmqat.train.run import announce_backend
 from tests.llmqat.tiny import random_tokens, tiny_llama
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -115,6 +116,17 @@ def test_health_reaches_tensorboard(trained):
     ]
     assert [step for step, _ in flips] == [2, 4, 6]
     assert flips == [(step, pytest.approx(value)) for step, value in expected]
+
+
+def test_operators_that_plain_torch_runs_on_cuda_are_named(monkeypatch, capsys):
+    choices = [qk.Choice(op, "cuda", backend, "", print)
+               for op, backend in (("rope", "triton"), ("sample", "reference"))]  # fmt: skip
+    monkeypatch.setattr(qk, "choices", lambda device: choices)
+    announce_backend(torch.device("cuda"))
+    assert capsys.readouterr().err == "cuda: plain torch (slow) runs sample: no kernel\n"
+    del choices[1]
+    announce_backend(torch.device("cuda"))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_complete_run_is_left_alone(trained, model, data, capsys):
