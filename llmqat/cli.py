@@ -9,6 +9,7 @@ file sets defaults, the command line wins.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
 
     Raises:
         ValueError: unreadable YAML, or a key that no option has.
+        SystemExit: 2, with one line, for an argument that no option has.
     """
     from transformers import HfArgumentParser
 
@@ -76,7 +78,14 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
             parser._actions
         ):  # an option that the file sets is no longer required on the command line
             action.required = action.required and action.dest not in defaults
-    *instances, _ = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+    *instances, _, unknown = parser.parse_args_into_dataclasses(
+        list(argv), look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        options = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], options, 1)
+        hint = f"did you mean {near[0]}?" if near else f"see llmqat {command} --help"
+        parser.exit(2, f"llmqat {command}: unknown argument {unknown[0]!r}; {hint}\n")
     return tuple(instances)
 
 
@@ -118,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = "; what was written stays valid, the run can resume" if command in RESUMED else ""
         print(f"llmqat {command}: interrupted{resume}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `llmqat info | head`: nobody reads on, and Python need not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except PLAIN_ERRORS as error:
         if os.environ.get("LLMQAT_TRACEBACK"):
             raise

@@ -74,6 +74,24 @@ def test_failures_are_one_line(argv, word, capsys):
     assert err.startswith(f"llmqat {argv[0]}:") and word in err
 
 
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [("--max-length", "did you mean --max-len?"), ("twenty", "see llmqat generate-data --help")],
+)
+def test_an_unknown_argument_is_one_line_and_status_2(argument, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate-data", "--model", "m", "--output", "o", argument, "20"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"llmqat generate-data: unknown argument {argument!r}; {hint}\n"
+
+
+def test_a_reader_that_goes_away_ends_a_command_quietly():
+    command = f"{sys.executable} -m llmqat.cli info | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("spec") and done.stderr == ""
+
+
 def test_info_json(capsys):
     from llmqat_kernels.schemas import SCHEMAS
 
