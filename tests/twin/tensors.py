@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from llmqat_kernels import dispatch, use_backend
+from tests.llmqat.host_syncs import VALUE_DEPENDENT
 from tests.twin.graphs import TAPE
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::_unsafe_index", "aten::index_put_",
           "aten::_index_put_impl_")  # fmt: skip
 """Operators that take operands of both devices (indices may lie on the CPU)."""
+FIRST_DECIDES = ("aten::index", "aten::_unsafe_index", "aten::copy_")
+"""Their result is where the first operand is."""
 RAN: set[str] = set()
 """Triton kernels, and operators of the native library, that ran on the device."""
 
@@ -64,31 +67,45 @@ def run(op, args, kwargs):
     """One operator of torch or of this package."""
     if op is torch.ops.prim.device.default:
         return CUDA
-    leaves = tree_leaves((args, kwargs))
-    twins = {id(leaf.inner): leaf for leaf in leaves if isinstance(leaf, Twin)}
-    there = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Twin)]
-    name, asked = op.name().partition(".")[0], kwargs.get("device")
-    if twins and name not in ACROSS and any(x.dim() or op.namespace != "aten" for x in there):
-        shapes = [tuple(x.shape) for x in there]
-        raise RuntimeError(f"{op.name()}: tensors on cuda:0 and, with shapes {shapes}, on the CPU")
-    if op.namespace.startswith("llmqat") and twins:
-        return _own(op, args, kwargs, twins)
-    if TAPE.recording and twins:
-        to_host = asked is not None and torch.device(asked).type == "cpu"
-        if name == "aten::_local_scalar_dense" or to_host or there:
-            raise RuntimeError(f"{op.name()}: not permitted while a graph is captured")
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    twins = {id(x.inner): x for x in tensors if isinstance(x, Twin)}
+    asked = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
+    if twins:
+        _check(op, asked, [x for x in tensors if not isinstance(x, Twin)])
+        if op.namespace.startswith("llmqat"):
+            return _own(op, args, kwargs, twins)
     function = _out_dtype_mm if op is torch.ops.aten.mm.dtype else op
-    kwargs_there = {key: inner(value) for key, value in kwargs.items() if key != "pin_memory"}
-    if asked is not None and torch.device(asked).type == "cuda":
-        kwargs_there["device"] = CPU
-    on_device = bool(twins) if asked is None else torch.device(asked).type == "cuda"
-    if name in ("aten::index", "aten::_unsafe_index", "aten::copy_"):
+    there = {key: inner(value) for key, value in kwargs.items() if key != "pin_memory"}
+    if asked == "cuda":
+        there["device"] = CPU
+    on_device = bool(twins) if asked is None else asked == "cuda"
+    if _name(op) in FIRST_DECIDES:
         on_device = isinstance(args[0], Twin)
     if not on_device:
-        return function(*tree_map(inner, args), **kwargs_there)
-    result = TAPE.run(function, tree_map(inner, args), kwargs_there)
-    wrapped = _wrap(result, twins)
-    return return_and_correct_aliasing(op, args, kwargs, wrapped) if twins else wrapped
+        return function(*tree_map(inner, args), **there)
+    result = _wrap(TAPE.run(function, tree_map(inner, args), there), twins)
+    return return_and_correct_aliasing(op, args, kwargs, result) if twins else result
+
+
+def _name(op):
+    """Without the overload."""
+    return op.name().partition(".")[0]
+
+
+def _check(op, asked, on_cpu):
+    """RuntimeError for operands that a device would refuse.
+
+    Args:
+        asked: the device that the call names, if any.
+        on_cpu: its operands that are not on the device; torch takes numbers, as tensors of no
+            dimension.
+    """
+    ours = op.namespace.startswith("llmqat")
+    if _name(op) not in ACROSS and any(x.dim() or ours for x in on_cpu):
+        shapes = [tuple(x.shape) for x in on_cpu]
+        raise RuntimeError(f"{op.name()}: tensors on cuda:0 and, with shapes {shapes}, on the CPU")
+    if TAPE.recording and (asked == "cpu" or on_cpu or VALUE_DEPENDENT & {op.name(), _name(op)}):
+        raise RuntimeError(f"{op.name()}: not permitted while a graph is captured")
 
 
 def _wrap(result, twins):
