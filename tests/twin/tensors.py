@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from llmqat_kernels import dispatch, use_backend
+from llmqat_kernels.schemas import SCHEMAS
 from tests.llmqat.host_syncs import VALUE_DEPENDENT
 from tests.twin.graphs import TAPE
 
@@ -72,7 +73,7 @@ def run(op, args, kwargs):
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if twins:
         _check(op, asked, [x for x in tensors if not isinstance(x, Twin)])
-        if op.namespace.startswith("llmqat"):
+        if _name(op).partition("::")[2] in SCHEMAS:
             return _own(op, args, kwargs, twins)
     function = _out_dtype_mm if op is torch.ops.aten.mm.dtype else op
     there = {key: inner(value) for key, value in kwargs.items() if key != "pin_memory"}
