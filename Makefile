@@ -45,10 +45,10 @@ demo: venv  ## the whole river on SmolLM2-135M; writes runs/demo/report.md
 test: venv  ## the tests that run anywhere
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
 
-# test_compiled.py needs no device; four processes compile the kernels of the others side by side.
+# test_compiled.py needs no device. Most of the time goes to compiling, so the processes share the cases of a file too.
 test-gpu: venv  ## every Triton test and the others that need a CUDA device, compiled, in 10 minutes
-	TRITON_INTERPRET=0 timeout 600 $(BIN)/python -m pytest -n 4 --dist loadfile -m "(gpu or triton) and not slow" \
-		--ignore tests/triton/test_compiled.py tests
+	TRITON_INTERPRET=0 timeout 600 $(BIN)/python -m pytest -n auto --maxprocesses 12 --dist worksteal \
+		-m "(gpu or triton) and not slow" --ignore tests/triton/test_compiled.py tests
 
 # Three processes keep two cores busy: the longest file takes half of the time.
 test-slow: venv  ## real installations and other tests of more than 20 seconds
