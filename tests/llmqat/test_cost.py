@@ -20,7 +20,7 @@ from llmqat.models.shapes import find_shape
 from llmqat_kernels.errors import InvalidArgument
 
 
-def _llama(hidden, intermediate, layers, heads, kv_heads=None, vocab=32000):
+def _llama(hidden, intermediate, layers, heads, kv_heads=None, vocab=32000, **fields):
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -28,6 +28,7 @@ def _llama(hidden, intermediate, layers, heads, kv_heads=None, vocab=32000):
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocab,
+        **fields,
     )
 
 
@@ -189,13 +190,12 @@ def test_training_bytes():
 
 
 def test_groups_and_odd_columns():
-    config = _llama(65, 33, 1, 5, vocab=7)
+    config = _llama(65, 33, 1, 5, vocab=7, head_dim=14)
     per_row = weight_bytes(config, QATConfig(4, 8, 16))
-    rows = 4 * 65 + 2 * 33 + 65
-    assert per_row.scales == 4 * rows
-    assert per_row.linears == 4 * 65 * 33 + 2 * 33 * 33 + 65 * 17
+    assert per_row.scales == 4 * (3 * 70 + 65 + 2 * 33 + 65)
+    assert per_row.linears == 3 * 70 * 33 + 65 * 35 + 2 * 33 * 33 + 65 * 17
     grouped = weight_bytes(config, QATConfig(4, 8, 16, group_size=32))
-    assert grouped.scales == 4 * (4 * 65 * 3 + 2 * 33 * 3 + 65 * 2)
+    assert grouped.scales == 4 * (3 * 70 * 3 + 65 * 3 + 2 * 33 * 3 + 65 * 2)
 
 
 def test_cost_collects_everything():
