@@ -137,8 +137,10 @@ def test_saved_activations(dtype):
 
 
 def train(steps, layers):
-    """Losses of a distillation: layers of width 64, 2 x 3 tokens a step, AdamW."""
-    teacher, student = (tiny_llama(seed, intermediate=128, layers=layers) for seed in (20, 21))
+    """Losses of a distillation: layers of width 32, 2 x 3 tokens a step, AdamW."""
+    teacher, student = (
+        tiny_llama(seed, heads=2, kv_heads=1, intermediate=64, layers=layers) for seed in (20, 21)
+    )
     prepare(student, W4A8, fused=True).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
     tokens, losses = random_tokens(0, 2, 3), []

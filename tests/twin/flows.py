@@ -30,7 +30,7 @@ from tests.llmqat.tiny import random_tokens, tiny_llama
 from tests.llmqat.tiny_tokenizer import save_character_tokenizer
 from tests.twin import cuda, graphs, tensors
 
-PROMPTS = [[1, 2, 3], [4, 5], [7, 8, 9, 10], [3]]
+PROMPTS = [[1, 2, 3], [4, 5], [7, 8, 9, 10]]
 FLOWS = {}
 
 
@@ -125,11 +125,11 @@ def a_fused_training_step():
 
 def same_tokens(model, sampling=None, backend="auto", **options):
     """Tokens of the engine on the twin, by graphs, and on the CPU."""
-    arguments = PROMPTS, 5, sampling
-    expected = llmqat.Engine(model, max_slots=5, max_len=16).generate(*arguments)
+    arguments = PROMPTS, 4, sampling
+    expected = llmqat.Engine(model, max_slots=2, max_len=16).generate(*arguments)
     replays = graphs.TAPE.replays
     with tensors.device(), qk.use_backend(backend):
-        engine = llmqat.Engine(model.to("cuda"), max_slots=5, max_len=16, graphs=True, **options)
+        engine = llmqat.Engine(model.to("cuda"), max_slots=2, max_len=16, graphs=True, **options)
         found = engine.generate(*arguments)
     assert [x.new_tokens for x in found] == [x.new_tokens for x in expected]
     assert graphs.TAPE.replays > replays
@@ -192,17 +192,15 @@ def river(folder):
         with tensors.device():
             assert cli.main([command, *words]) == 0, (command, words)
 
-    run("generate-data", "--model", model, "--output", data, "--num-records", 2, "--max-len", 12)
+    run("generate-data", "--model", model, "--output", data, "--num-records", 2, "--max-len", 8)
     run("train", "--model", model, "--data", data, "--output", student, "--bits", "4-8-4",
         "--steps", 1, "--batch-size", 1, "--seq-len", 8, "--dtype", "bfloat16")  # fmt: skip
-    run("eval", "--model", student, "--text", text, "--seq-len", 32, "--json")
+    run("eval", "--model", student, "--text", text, "--seq-len", 64, "--json")
     run("export", "--model", student, "--output", folder / "packed", "--verify", device=False)
     run("generate", "--model", folder / "packed", "--prompt", "abc", "--max-new-tokens", 3)
     calibration = ("--calibration", text, "--sequences", 2, "--seq-len", 8)
-    for method, bits in (("smoothquant", "4-8-8"), ("gptq", "4-16-16")):
-        output = folder / method
-        run("quantize", "--model", model, "--method", method, "--bits", bits, "--output", output,
-            *calibration)  # fmt: skip
+    run("quantize", "--model", model, "--method", "gptq", "--bits", "4-16-16", "--output",
+        folder / "gptq", *calibration)  # fmt: skip
 
 
 if __name__ == "__main__":
