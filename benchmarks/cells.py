@@ -39,7 +39,7 @@ OURS, BASELINE = "ours", "baseline"
 BACKENDS = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
 """The backends side by side; on a CPU its own stand in, so that everything but the device runs."""
 ROUNDS = 3
-Row = dict[str, Any]
+Row = records.Row
 Gate = Callable[[Call], None]
 
 

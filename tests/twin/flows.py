@@ -104,9 +104,9 @@ def trained(device, **options):
 
 def same_training(**options):
     """A step on the twin and on the CPU: the loss is that of the same codes."""
-    (_, expected), cpu = trained("cpu", **options), dict(options)
+    _, expected = trained("cpu", **options)
     with tensors.device():
-        student, loss = trained("cuda", **cpu)
+        student, loss = trained("cuda", **options)
         assert all(parameter.grad.is_cuda for parameter in student.parameters())
     assert abs(loss / expected - 1) < 1e-4, (loss, expected)
 
