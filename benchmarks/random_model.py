@@ -16,7 +16,7 @@ from llmqat import QATConfig
 from llmqat.convert import swap_empty
 from llmqat.models import compat
 from llmqat.models.shapes import find_shape
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 
 STD = 0.02
 """Standard deviation of the weights, as transformers initializes them."""

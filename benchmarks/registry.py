@@ -11,13 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.entries import attention, heads, linears, producers, repacked_linear, rows
+from benchmarks.entries import (
+    attention,
+    heads,
+    integer_groups,
+    linears,
+    producers,
+    repacked_linear,
+    rows,
+)
 from benchmarks.entry import Cost, Entry, Job, Shape
 from llmqat_kernels.errors import InvalidArgument
 
 ENTRIES: tuple[Entry, ...] = (
     *rows.ENTRIES,
     *linears.ENTRIES,
+    *integer_groups.ENTRIES,
     *repacked_linear.ENTRIES,
     *producers.ENTRIES,
     *attention.ENTRIES,

@@ -18,7 +18,9 @@ from llmqat.errors import ConfigError
 QUANTIZED_BITS = range(2, 9)
 OFF_BITS = (16, 32)
 KV_MODES = ("paper", "serving")
-SCALE_DTYPES = ("bfloat16", "float32")
+SCALE_DTYPES = ("bfloat16", "float32", "integer")
+INTEGER_SCALE_BITS = 4
+"""The most bits of a weight whose groups have integer scales (spec 18)."""
 W_QUANTIZERS = ("symmetric", "asymmetric", "statsq")
 A_QUANTIZERS = ("symmetric", "asymmetric", "lsq")
 KV_QUANTIZERS = ("symmetric", "asymmetric")
@@ -31,20 +33,6 @@ OFFICIAL_STATSQ_BITS = 2
 
 PACKED_KV_BITS = (4, 8, *OFF_BITS)
 """KV widths that a cache can store; the other widths exist as fake quantization only."""
-
-PAPER_SETTINGS = (
-    "16-16-16",
-    "8-8-4",
-    "8-8-8",
-    "8-8-16",
-    "4-8-4",
-    "4-8-8",
-    "4-8-16",
-    "4-6-16",
-    "4-16-16",
-    "8-16-16",
-)
-"""The W-A-KV settings of the paper's main tables (LLM-QAT tables 1 and 2)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +72,11 @@ class QuantSpec:
         )
 
     @property
+    def integer_scales(self) -> bool:
+        """Whether the scales of a row's groups are whole multiples of one number (spec 18)."""
+        return self.scale_dtype == "integer"
+
+    @property
     def qmax(self) -> int:
         """The largest code, ``2^(bits-1) - 1`` (spec 1); defined for enabled specs only."""
         if self.bits in OFF_BITS:
@@ -106,7 +99,8 @@ class QATConfig:
             and head); spec 9.
         group_size: columns of a weight that share a scale; -1 for the whole row.
         weight_scale_dtype: precision of weight scales; ``bfloat16`` (stored losslessly everywhere)
-            or ``float32``.
+            or ``float32``; with groups also ``integer``: whole multiples, 1 to 63, of one bfloat16
+            number a row, which make a product one integer sum (spec 18; w_bits of at most 4).
         ste_clip: gradients are zero where |x| >= ste_clip; None passes all (spec 6), and means 2.0
             with `numerics="official"`.
         w_quantizer: ``symmetric`` (Eq. 3), ``asymmetric`` (Eq. 1, spec 20) or ``statsq`` (clipped,
@@ -342,6 +336,8 @@ def _check_combination(config: QATConfig) -> None:
             f"group_size: {config.group_size} is no part of numerics 'official'; use -1, or"
             " numerics 'spec'"
         )
+    if config.weight_scale_dtype == "integer":
+        _check_integer_scales(config)
     if config.a_group_size == -1:
         if config.a_group_axis != A_GROUP_AXES[0]:
             raise ConfigError(
@@ -360,6 +356,24 @@ def _check_combination(config: QATConfig) -> None:
             f"a_group_size: {config.a_group_size} has nothing to quantize at a_bits"
             f" {config.a_bits}; use 2..8 bits or leave it out"
         )
+
+
+def _check_integer_scales(config: QATConfig) -> None:
+    """ConfigError unless every linear is a product of codes in groups of its columns (spec 18)."""
+    narrow = range(QUANTIZED_BITS.start, INTEGER_SCALE_BITS + 1)
+    needs: tuple[tuple[str, bool, str], ...] = (
+        ("group_size", config.group_size != -1, "groups"),
+        ("w_bits", config.w_bits in narrow, f"2..{INTEGER_SCALE_BITS} bits"),
+        ("a_bits", config.a_bits in QUANTIZED_BITS, "2..8 bits"),
+        *((name, getattr(config, name) == CODES_ONLY[name], str(CODES_ONLY[name]))
+          for name in ("w_quantizer", "a_quantizer", "numerics", "a_group_size")),
+    )  # fmt: skip
+    for name, holds, wanted in needs:
+        if not holds:
+            raise ConfigError(
+                f"{name}: {_short(getattr(config, name))} has no integer scales, which need"
+                f" {wanted}; change it, or use weight_scale_dtype 'bfloat16'"
+            )
 
 
 def _check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

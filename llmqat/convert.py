@@ -25,9 +25,11 @@ from llmqat.models.families import Family, find_family, iter_blocks, iter_linear
 from llmqat.nn.attention import KVQuantizer, TokenKVQuantizer, enable_kv_quantization
 from llmqat.nn.conv1d import adopt_linear, row_weight
 from llmqat.nn.fused import check_fusable, fuse_blocks
-from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
+from llmqat.nn.linear import LinearSpec, QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.report import conversion_report
 from llmqat.state import PACKED, PREPARED, STATE_ATTRIBUTE, State, state_of
+from llmqat_kernels.checks import MAX_INTEGER_GROUP_K
 
 __all__ = ["conversion_report", "convert", "prepare", "state_of", "swap_empty"]
 
@@ -165,13 +167,18 @@ def _check_linear(name: str, module: nn.Module, family: Family, config: QATConfi
             f"{name}: expected a plain nn.{family.linear_class}, found {type(module).__name__}; it"
             " would be skipped"
         )
+    columns = row_weight(module).shape[1]
     for field, part in (("group_size", config.weight), ("a_group_size", config.activation)):
         group = part.group_size
-        columns = row_weight(module).shape[1]
         if part.enabled and group != -1 and columns % group:
             raise ConfigError(
                 f"{field}: {group} does not divide the {columns} input columns of {name}"
             )
+    if config.weight.integer_scales and columns > MAX_INTEGER_GROUP_K:
+        raise ConfigError(
+            f"weight_scale_dtype: the {columns} input columns of {name} exceed"
+            f" {MAX_INTEGER_GROUP_K}, the longest exact sum with integer scales; use bfloat16"
+        )
 
 
 def _linear_spec(short: str, family: Family, config: QATConfig, fused: bool) -> LinearSpec:

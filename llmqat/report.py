@@ -12,7 +12,8 @@ from llmqat.models import compat
 from llmqat.models.families import find_family, iter_blocks, iter_linears
 from llmqat.nn.attention import ATTENTION_NAME, MODULE_ATTRIBUTE
 from llmqat.nn.fused import FUSED_PARTS, FusedDecoderLayer
-from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.nn.linear import QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.state import PACKED, state_of
 
 KEPT = "kept"

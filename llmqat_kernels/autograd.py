@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .ops import register_autograd
 from .schemas import SCHEMAS
-from .spec.linear import group_scales
-from .spec.quantize import QUANTIZED_BITS
+from .spec.quantize import QUANTIZED_BITS, group_scales
 
 ops = torch.ops.llmqat
 

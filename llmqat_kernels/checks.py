@@ -55,6 +55,21 @@ def check_group_size(columns: int, group_size: object) -> int:
     return group_size
 
 
+def check_integer_scales(k: int, bits: int, group_size: int, name: str = "w_bits") -> None:
+    """Integer scales need groups, and what they multiply must be summed exactly (spec 18)."""
+    if bits > 4:
+        raise InvalidArgument(
+            f"{name}: integer groups hold 2..4 bits (their int32 sums would overflow), got {bits}"
+        )
+    if group_size == -1:
+        raise InvalidArgument("group_size: -1 has no groups; use a divisor of the row length")
+    if k > MAX_INTEGER_GROUP_K:
+        raise InvalidArgument(
+            f"x: {k} features exceed {MAX_INTEGER_GROUP_K}, the longest exact sum of integer groups"
+            " of 4-bit weights; use float group scales"
+        )
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """All given tensors must live on one device."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}

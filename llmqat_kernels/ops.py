@@ -106,7 +106,7 @@ def _integer_group_matmul(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return a.new_empty((*a.shape[:-1], w.shape[0]), dtype=dtype)
+    return a.new_empty((*a.shape[:-1], w_multiplier.shape[0]), dtype=dtype)
 
 
 def _repack_weight(w: Tensor, w_bits: int) -> Tensor:

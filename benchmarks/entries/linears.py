@@ -58,7 +58,6 @@ SWEEP = tuple(Shape("LLaMA-7B", {"M": rows, **LLAMA}) for rows in (128, 512, 102
 GPU_SERVED = Grid((*LARGE, *SWEEP), BF16)
 GPU_FEW = Grid((LARGE[0], SWEEP[0], SWEEP[2]), BF16)
 GPU_TRAINED = Grid((SWEEP[3], LARGE[0]), BF16)
-GROUP = 128
 OWN_W8A8 = "own W8A8"
 TORCH_INT4_GROUP = 64
 """Group size of torch's own int4 GEMM: the largest it takes that divides K = 576."""
@@ -69,14 +68,14 @@ def operands(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight codes int8 [N, K], weight scale."""
     x = normal(shape["M"], shape["K"], seed=0, dtype=dtype, device=device)
-    return x, *qk.quantize(_weight(shape, device), w_bits, scale_dtype=torch.bfloat16)
+    return x, *qk.quantize(weight_of(shape, device), w_bits, scale_dtype=torch.bfloat16)
 
 
-def _weight(shape: Shape, device: torch.device) -> Tensor:
+def weight_of(shape: Shape, device: torch.device) -> Tensor:
     return normal(shape["N"], shape["K"], seed=1, dtype=torch.float32, device=device)
 
 
-def _int_mm_runs(shape: Shape, device: torch.device) -> bool:
+def int_mm_runs(shape: Shape, device: torch.device) -> bool:
     """torch._int_mm takes any size on a CPU; on CUDA more than 16 rows and multiples of 8."""
     aligned = shape["N"] % 8 == 0 and shape["K"] % 8 == 0
     return device.type == "cpu" or (shape["M"] > 16 and aligned)
@@ -109,14 +108,14 @@ def _quantized_linear(w_bits: int, a_bits: int) -> Callable[..., Job]:
             a, a_scale = eager.quantize(x, a_bits)
             return eager.int_mm(a, user_codes(), a_scale.unsqueeze(-1) * scale, dtype)
 
-        baselines: dict[str, Call] = {f"F.linear {_short(dtype)}": lambda: F.linear(x, dense)}
+        baselines: dict[str, Call] = {f"F.linear {short(dtype)}": lambda: F.linear(x, dense)}
         if a_bits == 16:
             baselines["eager dequantize + F.linear"] = lambda: F.linear(
                 x, eager.dequantize(user_codes(), scale, dtype)
             )
             if int4 := _torch_int4(x, codes, scale):
                 baselines["torch int4 GEMM"] = int4
-        elif _int_mm_runs(shape, device):
+        elif int_mm_runs(shape, device):
             unpacking = "unpack + " if w_bits == 4 else ""
             baselines[f"eager {unpacking}quantize + torch._int_mm"] = int_mm
         others = {} if a_bits == 16 else _packages(x, codes, scale, w_bits)
@@ -191,8 +190,8 @@ def _product(w_bits: int, repacked: bool) -> Callable[..., Job]:
             )
 
         call = product(qk.pack_int4(codes) if w_bits == 4 else codes, w_bits)
-        baselines: dict[str, Call] = {f"F.linear {_short(dtype)}": lambda: F.linear(x, dense)}
-        if _int_mm_runs(shape, device):
+        baselines: dict[str, Call] = {f"F.linear {short(dtype)}": lambda: F.linear(x, dense)}
+        if int_mm_runs(shape, device):
             baselines["torch._int_mm + rescale (W8)"] = lambda: eager.int_mm(a, codes, both, dtype)
         if w_bits == 4 and device.type == "cuda":
             baselines[OWN_W8A8] = product(codes, 8)
@@ -201,37 +200,7 @@ def _product(w_bits: int, repacked: bool) -> Callable[..., Job]:
     return build
 
 
-def _integer_groups(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
-    """4-bit weights whose group scales are integers (spec 18)."""
-    size = min(GROUP, shape["K"] // 2)
-    x, w = operands(shape, dtype, device, 8)[0], _weight(shape, device)
-    codes, multiplier, scale = qk.quantize_integer_groups(w, 4, group_size=size)
-    packed = qk.pack_int4(codes)
-    a, a_scale = qk.quantize(x, 8)
-    both = a_scale.unsqueeze(-1) * scale
-    groups = multiplier.float() * scale.unsqueeze(-1)
-    dense = qk.dequantize(codes, groups, group_size=size, dtype=dtype)
-
-    def call() -> Tensor:
-        return qk.integer_group_matmul(
-            a, a_scale, packed, multiplier, scale, group_size=size, dtype=dtype
-        )
-
-    baselines: dict[str, Call] = {f"F.linear {_short(dtype)}": lambda: F.linear(x, dense)}
-    if _int_mm_runs(shape, device):
-        baselines["torch._int_mm for each group"] = lambda: eager.integer_groups(
-            a, codes, multiplier, both, size, dtype
-        )
-    return Job(call, baselines, same_bits(call), 3e-2)
-
-
-def _integer_groups_cost(shape: Shape, dtype: torch.dtype) -> Cost:
-    base = _repacked_cost(4)(shape, dtype)
-    multipliers = shape["N"] * (shape["K"] // min(GROUP, shape["K"] // 2))
-    return Cost(base.bytes + multipliers, 0, base.int_ops)
-
-
-def _repacked_cost(w_bits: int) -> Callable[[Shape, torch.dtype], Cost]:
+def product_cost(w_bits: int) -> Callable[[Shape, torch.dtype], Cost]:
     def cost(shape: Shape, dtype: torch.dtype) -> Cost:
         m, n, k = shape["M"], shape["N"], shape["K"]
         traffic = n * k * w_bits // 8 + 4 * (n + m) + m * k + m * n * nbytes(dtype)
@@ -253,7 +222,7 @@ def _float_matmul(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job
     baselines: dict[str, Call] = {"F.linear fp32": lambda: F.linear(x, wide)}
     if dtype != torch.float32:
         narrow = x.to(dtype)
-        baselines[f"F.linear {_short(dtype)}"] = lambda: F.linear(narrow, w)
+        baselines[f"F.linear {short(dtype)}"] = lambda: F.linear(narrow, w)
     gate = within_ratio(call, lambda: x.double() @ w.double().T)
     return Job(call, baselines, gate, 1e-2)
 
@@ -290,7 +259,7 @@ def _trained(shared: bool) -> Callable[..., Job]:
             "fused fake_quantize + F.linear": step(fused),
         }
         if device.type == "cuda":
-            name = f"F.linear {_short(dtype)}, not quantized"
+            name = f"F.linear {short(dtype)}, not quantized"
             baselines[name] = step(lambda: F.linear(x, weight))
         if shared:
             a, a_scale = qk.quantize(x.detach(), 8)
@@ -336,7 +305,7 @@ def _trained_cost(shared: bool) -> Callable[[Shape, torch.dtype], Cost]:
     return cost
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
@@ -353,21 +322,20 @@ ENTRIES = (
         for w, a, cuda in ((8, 8, GPU_FEW), (4, 8, GPU_FEW), (4, 16, Grid()))
     ),
     *(
-        Entry("quantized_matmul", f"W{w}A8", _repacked_cost(w), _product(w, False), cuda=GPU_FEW)
+        Entry("quantized_matmul", f"W{w}A8", product_cost(w), _product(w, False), cuda=GPU_FEW)
         for w in (8, 4)
     ),
     *(
         Entry(
             "repacked_matmul",
             f"W{w}A8",
-            _repacked_cost(w),
+            product_cost(w),
             _product(w, True),
             Grid(SERVED, (torch.float32,)),
             GPU_SERVED,
         )
         for w in (8, 4)
     ),
-    Entry("integer_group_matmul", "W4A8", _integer_groups_cost, _integer_groups, cuda=GPU_FEW),
     Entry("float_matmul", "", _float_cost, _float_matmul, Grid(HEADS, FLOATS)),
     Entry(
         "qat_linear",

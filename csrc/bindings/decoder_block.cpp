@@ -45,30 +45,39 @@ void check_count(size_t actual, size_t expected, const char* name) {
                   " entries for the blocks, got ", actual);
 }
 
-// weights[at] is the repacked weight, weights[at + 1] its scale [N] or [N, groups].
+// weights[at] is the repacked weight, weights[at + 1] its scale [N] or [N, groups]; [N] if there
+// are multipliers [N, groups].
 cpu::IntLinear linear(const std::vector<Tensor>& weights, size_t at, int64_t n, int64_t k,
-                      const std::optional<Tensor>& bias, Vectors& vectors) {
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& multiplier,
+                      Vectors& vectors) {
   const Tensor &w = weights[at], &scale = weights[at + 1];
   check_contiguous(w, "w");
   check_contiguous(scale, "w_scale");
   const Weight weight = repacked_codes(w, n, k);
   STD_TORCH_CHECK(k <= cpu::kMaxK, "w: K = ", k, " could overflow int32; at most ", cpu::kMaxK);
-  const int64_t groups = scale.dim() == 2 ? scale.size(1) : 1;
+  const bool integer = multiplier.has_value(), grouped = integer || scale.dim() == 2;
+  const int64_t groups = !grouped ? 1 : integer ? multiplier->size(1) : scale.size(1);
   STD_TORCH_CHECK(groups > 0 && k % groups == 0, "w_scale: ", groups,
                   " groups do not divide K = ", k);
-  const int64_t group_size = scale.dim() == 2 ? k / groups : -1;
-  weight_scale(scale, weight.n, k, group_size);
+  const int64_t group_size = grouped ? k / groups : -1;
+  weight_scale(scale, weight.n, k, integer ? -1 : group_size);
+  if (integer) {
+    check_contiguous(*multiplier, "w_multiplier");
+    check_shape(group_multiplier(*multiplier, group_size), {weight.n, groups}, "w_multiplier");
+  }
   return {weight.bytes,
           weight.layout,
           weight.n,
           k,
           data<float>(scale),
           group_size,
-          bias.has_value() ? vectors.get(*bias, weight.n, "bias") : nullptr};
+          bias.has_value() ? vectors.get(*bias, weight.n, "bias") : nullptr,
+          integer ? data<uint8_t>(*multiplier) : nullptr};
 }
 
 void decoder_blocks(Tensor hidden, const std::vector<Tensor>& weights,
                     const std::vector<std::optional<Tensor>>& biases,
+                    const std::vector<std::optional<Tensor>>& multipliers,
                     const std::vector<Tensor>& caches, const std::vector<double>& eps,
                     const std::vector<int64_t>& bits, const Tensor& cos_, const Tensor& sin_,
                     const Tensor& slots_, const Tensor& positions_, int64_t heads, double scaling,
@@ -79,6 +88,7 @@ void decoder_blocks(Tensor hidden, const std::vector<Tensor>& weights,
   const size_t count = bits.size();
   check_count(weights.size(), kWeights * count, "weights");
   check_count(biases.size(), kLinears * count, "biases");
+  check_count(multipliers.size(), kLinears * count, "multipliers");
   check_count(caches.size(), kCacheTensors * count, "caches");
   check_count(eps.size(), 2 * count, "eps");
   if (count == 0) return;
@@ -94,6 +104,7 @@ void decoder_blocks(Tensor hidden, const std::vector<Tensor>& weights,
     cpu::DecoderBlock& b = blocks[i];
     const Tensor* c = &caches[i * kCacheTensors];
     const std::optional<Tensor>* bias = &biases[i * kLinears];
+    const std::optional<Tensor>* multiplier = &multipliers[i * kLinears];
     const size_t at = i * kWeights;
     check_bits(bits[i], "bits");
     b.bits = static_cast<int>(bits[i]);
@@ -107,12 +118,12 @@ void decoder_blocks(Tensor hidden, const std::vector<Tensor>& weights,
     b.input_eps = static_cast<float>(eps[2 * i]);
     b.post_eps = static_cast<float>(eps[2 * i + 1]);
     const int64_t width = heads * 2 * half, fused = width + 2 * b.cache.heads * 2 * half;
-    b.qkv = linear(weights, at + kQkv, fused, columns, bias[0], vectors);
-    b.o = linear(weights, at + kO, columns, width, bias[1], vectors);
-    b.gate_up = linear(weights, at + kGateUp, -1, columns, bias[2], vectors);
+    b.qkv = linear(weights, at + kQkv, fused, columns, bias[0], multiplier[0], vectors);
+    b.o = linear(weights, at + kO, columns, width, bias[1], multiplier[1], vectors);
+    b.gate_up = linear(weights, at + kGateUp, -1, columns, bias[2], multiplier[2], vectors);
     STD_TORCH_CHECK(b.gate_up.n % 2 == 0, "weights: gate_up has an odd number of rows, ",
                     b.gate_up.n);
-    b.down = linear(weights, at + kDown, columns, b.gate_up.n / 2, bias[3], vectors);
+    b.down = linear(weights, at + kDown, columns, b.gate_up.n / 2, bias[3], multiplier[3], vectors);
   }
   const Tensor slots = check_indices(slots_, n, slot_limit, false, "slots");
   const Tensor positions = check_indices(positions_, n, token_limit, false, "positions");
@@ -134,10 +145,12 @@ void decoder_blocks(Tensor hidden, const std::vector<Tensor>& weights,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
   // hidden [n, H], in place: the residual stream. For each block: weights input_norm, post_norm [H]
-  // and (repacked weight, scale) of qkv, o, gate_up, down; biases of these four; caches k_codes,
-  // k_scale, v_codes, v_scale; eps of the two norms; bits of the activations.
+  // and (repacked weight, scale) of qkv, o, gate_up, down; biases of these four, and their
+  // multipliers of integer groups; caches k_codes, k_scale, v_codes, v_scale; eps of the two norms;
+  // bits of the activations.
   m.def(
-      "decoder_blocks(Tensor(a!) hidden, Tensor[] weights, Tensor?[] biases, Tensor(b!)[] caches,"
+      "decoder_blocks(Tensor(a!) hidden, Tensor[] weights, Tensor?[] biases, Tensor?[] "
+      "multipliers, Tensor(b!)[] caches,"
       " float[] eps, int[] bits, Tensor cos, Tensor sin, Tensor slots, Tensor positions, int heads,"
       " float scaling, int kv_bits, bool pre_rope) -> ()");
 }

@@ -1,6 +1,6 @@
-// Bindings of the matrix operators: int_matmul, quantized_matmul, quantized_linear, qat_linear,
-// repack_weight, repacked_matmul, repacked_linear, float_matmul. Shapes and meaning:
-// llmqat_kernels/schemas.py; docs/spec.md 7, 8 and 17.
+// Bindings of the matrix operators: int_matmul, quantized_matmul, integer_group_matmul,
+// quantized_linear, qat_linear, repack_weight, repacked_matmul, repacked_linear, float_matmul.
+// Shapes and meaning: llmqat_kernels/schemas.py; docs/spec.md 7, 8, 17 and 18.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "cpu/float_matmul.h"
+#include "cpu/int4_rows.h"
 #include "cpu/matmul_cuts.h"
 #include "cpu/quantized_matmul.h"
 #include "cpu/rows.h"
@@ -100,20 +101,53 @@ Tensor int_matmul(const Tensor& a, const Tensor& w, int64_t w_bits) {
 
 Tensor scaled_product(const Tensor& a, const Tensor& a_scale, const Weight& weight,
                       const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t group_size,
-                      ScalarType dtype) {
+                      ScalarType dtype, const std::optional<Tensor>& multiplier = std::nullopt) {
   const auto [m, k] = activation_rows(a);
   check_cpu(a_scale, "a_scale");
   check_dtype(a_scale, ScalarType::Float, "a_scale");
   STD_TORCH_CHECK(a_scale.numel() == m, "a_scale: expected one value a row (", m, "), got ",
                   a_scale.numel());
-  const Tensor sw = weight_scale(w_scale, weight.n, k, group_size);
+  const Tensor sw = weight_scale(w_scale, weight.n, k, multiplier.has_value() ? -1 : group_size);
   const std::optional<Tensor> b = bias_float32(bias, weight.n);
   const Tensor codes = as_contiguous(a), sx = as_contiguous(a_scale);
   const OutType type = out_type(dtype, "dtype");
   Tensor y = empty_cpu(with_last(a, weight.n), dtype);
   run_integer({data<int8_t>(codes), data<float>(sx), m, weight.n, k, weight.bytes, weight.layout,
-               data<float>(sw), group_size, pointer(b), type, y.mutable_data_ptr()});
+               data<float>(sw), group_size, pointer(b), type, y.mutable_data_ptr(),
+               multiplier.has_value() ? data<uint8_t>(*multiplier) : nullptr});
   return y;
+}
+
+// int8 codes [..., k] of activations that may be packed, two codes a byte.
+Tensor activation_codes(const Tensor& a, int64_t k) {
+  const Rows packed = rows_of(a, "a");
+  if (a.scalar_type() != ScalarType::Byte) return a;
+  STD_TORCH_CHECK(packed.k == cpu::ceil_div(k, 2), "a: expected ", cpu::ceil_div(k, 2),
+                  " packed bytes a row, got ", packed.k);
+  const Tensor held = as_contiguous(a);
+  Tensor codes = empty_cpu(with_last(a, k), ScalarType::Char);
+  const uint8_t* from = data<uint8_t>(held);
+  int8_t* to = mutable_data<int8_t>(codes);
+  parallel_rows(packed.m, packed.k + k, [&, bytes = packed.k](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) cpu::unpack_row(from + r * bytes, k, to + r * k);
+  });
+  return codes;
+}
+
+// w: int8 codes, packed nibbles, or the layout of repack_weight.
+Tensor integer_group_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
+                            const Tensor& w_multiplier, const Tensor& w_scale,
+                            const std::optional<Tensor>& bias, int64_t group_size,
+                            ScalarType dtype) {
+  const Tensor multiplier = group_multiplier(w_multiplier, group_size);
+  const int64_t n = multiplier.size(0), k = multiplier.size(1) * group_size;
+  const Tensor codes = activation_codes(a, k);
+  STD_TORCH_CHECK(rows_of(codes, "a").k == k, "a: expected ", k, " columns in groups of ",
+                  group_size, ", got ", rows_of(codes, "a").k);
+  const int64_t bits = w.scalar_type() == ScalarType::Byte ? 4 : kMaxBits;
+  const Weight weight = w.dim() == 1 ? repacked_codes(w, n, k) : row_major(w, bits, k);
+  STD_TORCH_CHECK(weight.n == n, "w: expected ", n, " rows as w_multiplier has, got ", weight.n);
+  return scaled_product(codes, a_scale, weight, w_scale, bias, group_size, dtype, multiplier);
 }
 
 Tensor quantized_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
@@ -292,6 +326,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
       "w_bits,"
       " int group_size, ScalarType dtype) -> Tensor");
   m.def(
+      "integer_group_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_multiplier, Tensor "
+      "w_scale, Tensor? bias, int group_size, ScalarType dtype) -> Tensor");
+  m.def(
       "quantized_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int w_bits, int a_bits,"
       " int group_size=-1) -> Tensor");
   m.def(
@@ -312,6 +349,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {
   m.impl("int_matmul", TORCH_BOX(&llmqat::bindings::int_matmul));
   m.impl("quantized_matmul", TORCH_BOX(&llmqat::bindings::quantized_matmul));
+  m.impl("integer_group_matmul", TORCH_BOX(&llmqat::bindings::integer_group_matmul));
   m.impl("quantized_linear", TORCH_BOX(&llmqat::bindings::quantized_linear));
   m.impl("qat_linear", TORCH_BOX(&llmqat::bindings::qat_linear));
   m.impl("repack_weight", TORCH_BOX(&llmqat::bindings::repack_weight));

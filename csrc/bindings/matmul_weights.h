@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "cpu/quantized_matmul.h"
 #include "cpu/repack.h"
 
 namespace llmqat::bindings {
@@ -73,6 +74,18 @@ inline Tensor weight_scale(const Tensor& w_scale, int64_t n, int64_t k, int64_t 
     check_shape(w_scale, {n, k / group_size}, "w_scale");
   }
   return as_contiguous(w_scale);
+}
+
+// Integer scales of groups uint8 [N, groups] (spec 18), contiguous.
+inline Tensor group_multiplier(const Tensor& w_multiplier, int64_t group_size) {
+  check_cpu(w_multiplier, "w_multiplier");
+  check_dtype(w_multiplier, ScalarType::Byte, "w_multiplier");
+  check_dim(w_multiplier, 2, "w_multiplier");
+  STD_TORCH_CHECK(group_size > 0, "group_size: expected a positive size, got ", group_size);
+  STD_TORCH_CHECK(w_multiplier.size(1) <= cpu::kMaxIntegerGroupK / group_size,
+                  "w_multiplier: K = ", w_multiplier.size(1) * group_size,
+                  " could overflow int32; at most ", cpu::kMaxIntegerGroupK);
+  return as_contiguous(w_multiplier);
 }
 
 }  // namespace llmqat::bindings

@@ -1,10 +1,12 @@
-// Row operators: quantize, dequantize, fake_quantize (+ backward), pack_int4, unpack_int4.
+// Row operators: quantize, quantize_integer_groups, dequantize, fake_quantize (+ backward),
+// pack_int4, unpack_int4.
 #include "cpu/rows.h"
 
 #include <cstring>
 #include <tuple>
 
 #include "cpu/int4_rows.h"
+#include "cpu/integer_groups.h"
 #include "rows_shape.h"
 
 namespace llmqat::bindings {
@@ -24,6 +26,27 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x_, int64_t bits, int64_t grou
                        mutable_data<float>(scale));
   });
   return {codes, scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_integer_groups(const Tensor& x_, int64_t bits,
+                                                           int64_t group_size) {
+  check_cpu(x_, "x");
+  check_bits(bits, "bits");
+  STD_TORCH_CHECK(bits <= 4, "bits: integer groups hold 2 to 4 bits, got ", bits);
+  STD_TORCH_CHECK(group_size > 0, "group_size: expected a positive size, got ", group_size);
+  const Rows rows = rows_of(x_, -1, "x");
+  check_group_size(group_size, rows.length, "group_size");
+  const Tensor x = as_contiguous(x_);
+  Tensor codes = empty_cpu(sizes_of(x), ScalarType::Char);
+  Tensor multiplier = empty_cpu(scale_sizes(x, group_size), ScalarType::Byte);
+  Tensor scale = empty_cpu(scale_sizes(x, -1), ScalarType::Float);
+  dispatch_float(x.scalar_type(), "x", [&](auto tag) {
+    cpu::quantize_integer_groups(torch_threads(), data<decltype(tag)>(x), rows.count,
+                                 rows.length / group_size, group_size, static_cast<int>(bits),
+                                 mutable_data<int8_t>(codes), mutable_data<uint8_t>(multiplier),
+                                 mutable_data<float>(scale));
+  });
+  return {codes, multiplier, scale};
 }
 
 Tensor dequantize(const Tensor& codes_, const Tensor& scale_, int64_t group_size,
@@ -145,6 +168,7 @@ Tensor unpack_int4(const Tensor& packed_, int64_t columns) {
 STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
   m.def(
       "quantize(Tensor x, int bits, int group_size=-1, bool bf16_scale=False) -> (Tensor, Tensor)");
+  m.def("quantize_integer_groups(Tensor x, int bits, int group_size) -> (Tensor, Tensor, Tensor)");
   m.def("dequantize(Tensor codes, Tensor scale, int group_size, ScalarType dtype) -> Tensor");
   m.def(
       "fake_quantize(Tensor x, int bits, int group_size=-1, float? ste_clip=None,"
@@ -156,6 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cpu, CPU, m) {
   m.impl("quantize", TORCH_BOX(&llmqat::bindings::quantize));
+  m.impl("quantize_integer_groups", TORCH_BOX(&llmqat::bindings::quantize_integer_groups));
   m.impl("dequantize", TORCH_BOX(&llmqat::bindings::dequantize));
   m.impl("fake_quantize", TORCH_BOX(&llmqat::bindings::fake_quantize));
   m.impl("fake_quantize_backward", TORCH_BOX(&llmqat::bindings::fake_quantize_backward));

@@ -99,7 +99,8 @@ class Runner {
 
   void linear(const IntLinear& w, T* y) {
     const QuantizedMatmul matmul({b_.codes, b_.scale, rows_.n, w.n, w.k, w.panels, w.layout,
-                                  w.scale, w.group_size, w.bias, out_type_of<T>(), y});
+                                  w.scale, w.group_size, w.bias, out_type_of<T>(), y,
+                                  w.multiplier});
     run_parallel(parallel_, matmul, rows_.n, panel_bytes(w.layout, w.k));
   }
 

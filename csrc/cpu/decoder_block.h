@@ -22,14 +22,16 @@
 
 namespace llmqat::cpu {
 
-// A repacked integer weight [n, k].
+// A repacked integer weight [n, k]; with multipliers [n, k / group_size] its scale is [n] (spec
+// 18).
 struct IntLinear {
   const void* panels;
   Layout layout;
   int64_t n, k;
   const float* scale;
-  int64_t group_size;  // -1: one scale a channel
-  const float* bias;   // or nullptr
+  int64_t group_size;         // -1: one scale a channel
+  const float* bias;          // or nullptr
+  const uint8_t* multiplier;  // or nullptr
 };
 
 struct DecoderBlock {

@@ -12,6 +12,7 @@ namespace {
 
 thread_local Scratch<uint8_t> t_panels;
 thread_local Scratch<float> t_scales;
+thread_local Scratch<int32_t> t_multipliers;
 
 constexpr int32_t kZeros[kMaxTileRows] = {};
 
@@ -25,6 +26,18 @@ struct QuantizedMatmul::Block {
   int64_t panel;  // index of the first panel
   int panels;
   const uint8_t* weights;  // its first byte (row-major: the first row)
+};
+
+// By channel: one row, or a row of `stride` for each group.
+struct QuantizedMatmul::Scales {
+  const float* scale;
+  const int32_t* multiplier;  // or nullptr
+  int64_t stride;
+
+  Scales from(int64_t channel) const {
+    return {scale == nullptr ? nullptr : scale + channel,
+            multiplier == nullptr ? nullptr : multiplier + channel, stride};
+  }
 };
 
 QuantizedMatmul::QuantizedMatmul(const QuantizedProblem& problem)
@@ -133,40 +146,61 @@ void QuantizedMatmul::accumulate(const Block& b, int64_t group, int32_t* acc) co
   }
 }
 
-// scales: [groups, scale_stride], the column of the block's first channel.
-void QuantizedMatmul::run_block(const Block& b, const float* scales, int64_t scale_stride) const {
+// The sums of all groups, scaled: what is left is the bias and the cast.
+void QuantizedMatmul::sum_groups(const Block& b, const Scales& s, float* sums) const {
   alignas(64) int32_t acc[kMaxTileCells];
-  alignas(64) float sums[kMaxTileCells];
+  alignas(64) int32_t total[kMaxTileCells];
+  const int64_t ld = static_cast<int64_t>(b.panels) * kPanelChannels;
+  const int cols = static_cast<int>(std::min(ld, p_.n - b.panel * kPanelChannels));
+  const float* sx = p_.a_scale + b.row;
+  if (groups_ == 0) {
+    std::fill_n(sums, b.rows * ld, 0.0f);
+    std::fill_n(total, b.rows * ld, 0);
+  }
+  for (int64_t g = 0; g < groups_; ++g) {
+    accumulate(b, g, acc);
+    if (s.multiplier == nullptr) {
+      end_.scale(acc, ld, b.rows, cols, sx, s.scale + g * s.stride, g == 0, sums);
+    } else {
+      end_.weigh(acc, ld, b.rows, cols, s.multiplier + g * s.stride, g == 0, total);
+    }
+  }
+  if (s.multiplier != nullptr) end_.scale(total, ld, b.rows, cols, sx, s.scale, true, sums);
+}
+
+// scales: those of the block's first channel on.
+void QuantizedMatmul::run_block(const Block& b, const Scales& scales) const {
   const int64_t channel = b.panel * kPanelChannels,
                 ld = static_cast<int64_t>(b.panels) * kPanelChannels;
   const int cols = static_cast<int>(std::min(ld, p_.n - channel));
   char* y = static_cast<char*>(p_.y) + (b.row * p_.n + channel) * out_bytes(p_.out_type);
   if (p_.out_type == OutType::int32) {
+    alignas(64) int32_t acc[kMaxTileCells];
     accumulate(b, 0, acc);
     for (int r = 0; r < b.rows; ++r) std::memcpy(y + r * p_.n * 4, acc + r * ld, cols * 4);
     return;
   }
-  if (groups_ == 0) std::fill(sums, sums + b.rows * ld, 0.0f);
-  for (int64_t g = 0; g < groups_; ++g) {
-    accumulate(b, g, acc);
-    end_.scale(acc, ld, b.rows, cols, p_.a_scale + b.row, scales + g * scale_stride, g == 0, sums);
-  }
+  alignas(64) float sums[kMaxTileCells];
+  sum_groups(b, scales, sums);
   const float* bias = p_.bias == nullptr ? nullptr : p_.bias + channel;
   end_.store(sums, ld, b.rows, cols, bias, p_.out_type, y, p_.n);
 }
 
-// Group scales by channel: [groups, stride] for count panels from `panel` on.
-const float* QuantizedMatmul::gather_scales(int64_t panel, int64_t count, int64_t& stride) const {
+// Those of count panels from `panel` on; what belongs to groups in rows by group.
+QuantizedMatmul::Scales QuantizedMatmul::gather_scales(int64_t panel, int64_t count) const {
   const int64_t channel = panel * kPanelChannels;
-  if (p_.group_size == -1 || p_.out_type == OutType::int32) {
-    stride = 0;
-    return p_.w_scale == nullptr ? nullptr : p_.w_scale + channel;
+  const float* scale = p_.w_scale == nullptr ? nullptr : p_.w_scale + channel;
+  if (p_.group_size == -1 || p_.out_type == OutType::int32) return {scale, nullptr, 0};
+  const int64_t stride = count * kPanelChannels, cells = std::max<int64_t>(1, groups_ * stride);
+  const int64_t channels = std::min(stride, p_.n - channel), at = channel * groups_;
+  if (p_.w_multiplier != nullptr) {
+    int32_t* out = t_multipliers.get(cells);
+    multipliers_by_group(p_.w_multiplier + at, groups_, channels, out, stride);
+    return {scale, out, stride};
   }
-  stride = count * kPanelChannels;
-  const int64_t channels = std::min(stride, p_.n - channel);
-  float* out = t_scales.get(std::max<int64_t>(1, groups_ * stride));
-  scales_by_group(p_.w_scale + channel * groups_, groups_, channels, out, stride);
-  return out;
+  float* out = t_scales.get(cells);
+  scales_by_group(p_.w_scale + at, groups_, channels, out, stride);
+  return {out, nullptr, stride};
 }
 
 void QuantizedMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_begin,
@@ -195,8 +229,7 @@ void QuantizedMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_be
       weights += dot_ ? group * kPanelChannels * row_bytes : group * bytes;
     }
     const int64_t stride_bytes = dot_ ? kPanelChannels * row_bytes : bytes;
-    int64_t scale_stride = 0;
-    const float* scales = gather_scales(group, count, scale_stride);
+    const Scales scales = gather_scales(group, count);
     const Cut panel_cut(0, count, tile_panels);
     for (int64_t r = 0; r < row_cut.parts; ++r) {
       const int64_t row = row_cut.at(r);
@@ -205,8 +238,7 @@ void QuantizedMatmul::run(int64_t panel_begin, int64_t panel_end, int64_t row_be
         const Block block{row, static_cast<int>(row_cut.at(r + 1) - row), group + panel,
                           static_cast<int>(panel_cut.at(c + 1) - panel),
                           weights + panel * stride_bytes};
-        run_block(block, scales == nullptr ? nullptr : scales + panel * kPanelChannels,
-                  scale_stride);
+        run_block(block, scales.from(panel * kPanelChannels));
       }
     }
   }

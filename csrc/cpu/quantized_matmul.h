@@ -1,9 +1,11 @@
-// y = a @ w.T for int8 activation codes and quantized weights (spec 7), in one object per call.
+// y = a @ w.T for int8 activation codes and quantized weights (spec 7, 18), in one object per call.
 //
 // Math:    acc = sum_k a*w per group, exact int32; y = sum_g mul(float(acc_g), mul(sx, sw_g)) +
-//          bias, one cast. OutType::int32 stores the accumulators instead (int_matmul).
-// Shapes:  a [M, K], sx [M], w [N, K] in any integer Layout, sw [N] or [N, K / group_size], bias
-//          [N] fp32, y [M, N]. Work unit: one panel of 32 channels for a range of rows.
+//          bias, one cast; with integer multipliers y = mul(float(sum_g m_g * acc_g), mul(sx, sw))
+//          + bias. OutType::int32 stores the accumulators instead (int_matmul).
+// Shapes:  a [M, K], sx [M], w [N, K] in any integer Layout, sw [N] or [N, K / group_size] (with
+//          multipliers m [N, K / group_size]: sw [N]), bias [N] fp32, y [M, N]. Work unit: one
+//          panel of 32 channels for a range of rows.
 // Tiling:  rows in equal blocks of at most 12 (int_matmul.h); panels in groups of at most 512 KiB,
 //          so that the group stays in L2 (1.25 to 2 MiB) while every row block passes over it once,
 //          and the activations are read from beyond L2 once a group instead of once a panel.
@@ -15,8 +17,9 @@
 // Edges:   M, N or K = 0; K not a multiple of 4 and groups that start inside a quad: the
 //          activations are copied with zeros around each group, which leaves the weight layout as
 //          it is. K > 65536: several tile calls added up.
-// Limits:  K <= 131071 (checked by the binding).
-// Tests:   tests/kernels/test_matmul_native.py, test_linear_native.py
+// Limits:  K <= 131071, with multipliers 38342 (checked by the binding).
+// Tests:   tests/kernels/test_matmul_native.py, test_linear_native.py,
+//          test_integer_groups_native.py
 #pragma once
 
 #include <cstdint>
@@ -28,7 +31,8 @@
 
 namespace llmqat::cpu {
 
-inline constexpr int64_t kMaxK = 131071;  // 131071 * 127 * 127 < 2^31 (spec 7)
+inline constexpr int64_t kMaxK = 131071;             // 131071 * 127 * 127 < 2^31 (spec 7)
+inline constexpr int64_t kMaxIntegerGroupK = 38342;  // 38342 * 63 * 7 * 127 < 2^31 (spec 18)
 inline constexpr int64_t kPackRows = 8;
 inline constexpr int64_t kCacheBytes = 512 << 10;
 
@@ -43,6 +47,7 @@ struct QuantizedProblem {
   const float* bias;     // or nullptr
   OutType out_type;
   void* y;
+  const uint8_t* w_multiplier = nullptr;  // integer scales of the groups; w_scale is then [N]
 };
 
 class QuantizedMatmul {
@@ -66,15 +71,17 @@ class QuantizedMatmul {
     int64_t group;
     bool first;  // of its group
   };
-  struct Block;  // rows and panels of one tile
+  struct Block;   // rows and panels of one tile
+  struct Scales;  // of the channels of some panels
 
   void make_segments(bool copied);
   void copy_activations();
   void split_even_odd();
   void make_row_starts();
   void accumulate(const Block& block, int64_t group, int32_t* acc) const;
-  void run_block(const Block& block, const float* scales, int64_t scale_stride) const;
-  const float* gather_scales(int64_t panel, int64_t count, int64_t& stride) const;
+  void run_block(const Block& block, const Scales& scales) const;
+  void sum_groups(const Block& block, const Scales& scales, float* sums) const;
+  Scales gather_scales(int64_t panel, int64_t count) const;
 
   QuantizedProblem p_;
   Isa isa_;

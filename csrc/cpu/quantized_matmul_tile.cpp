@@ -27,6 +27,17 @@ LLMQAT_BODY void scale_body(const int32_t* acc, int64_t ld, int rows, int cols, 
   }
 }
 
+LLMQAT_BODY void weigh_body(const int32_t* acc, int64_t ld, int rows, int cols,
+                            const int32_t* multiplier, bool first, int32_t* out) {
+  for (int r = 0; r < rows; ++r, acc += ld, out += ld) {
+    if (first) {
+      for (int c = 0; c < cols; ++c) out[c] = acc[c] * multiplier[c];
+    } else {
+      for (int c = 0; c < cols; ++c) out[c] += acc[c] * multiplier[c];
+    }
+  }
+}
+
 template <class T>
 LLMQAT_BODY void store_rows(const float* in, int64_t ld, int rows, int cols, const float* bias,
                             T* y, int64_t ldy) {
@@ -84,9 +95,33 @@ LLMQAT_TARGET_AVX512 void scale_avx512(const int32_t* acc, int64_t ld, int rows,
   }
 }
 
-constexpr TileEnd kEndScalar = {scale_scalar, store_scalar};
-constexpr TileEnd kEndAvx2 = {scale_avx2, store_avx2};
-constexpr TileEnd kEndAvx512 = {scale_avx512, store_avx512};
+void weigh_scalar(const int32_t* acc, int64_t ld, int rows, int cols, const int32_t* multiplier,
+                  bool first, int32_t* out) {
+  weigh_body(acc, ld, rows, cols, multiplier, first, out);
+}
+
+LLMQAT_TARGET_AVX2 void weigh_avx2(const int32_t* acc, int64_t ld, int rows, int cols,
+                                   const int32_t* multiplier, bool first, int32_t* out) {
+  weigh_body(acc, ld, rows, cols, multiplier, first, out);
+}
+
+// Written out as scale_avx512 is.
+LLMQAT_TARGET_AVX512 void weigh_avx512(const int32_t* acc, int64_t ld, int rows, int cols,
+                                       const int32_t* multiplier, bool first, int32_t* out) {
+  for (int c = 0; c < cols; c += 16) {
+    const __mmask16 mask = cols - c >= 16 ? 0xFFFF : static_cast<__mmask16>((1 << (cols - c)) - 1);
+    const __m512i m = _mm512_maskz_loadu_epi32(mask, multiplier + c);
+    for (int r = 0; r < rows; ++r) {
+      const __m512i term = _mm512_mullo_epi32(_mm512_loadu_si512(acc + r * ld + c), m);
+      int32_t* to = out + r * ld + c;
+      _mm512_storeu_si512(to, first ? term : _mm512_add_epi32(_mm512_loadu_si512(to), term));
+    }
+  }
+}
+
+constexpr TileEnd kEndScalar = {scale_scalar, weigh_scalar, store_scalar};
+constexpr TileEnd kEndAvx2 = {scale_avx2, weigh_avx2, store_avx2};
+constexpr TileEnd kEndAvx512 = {scale_avx512, weigh_avx512, store_avx512};
 
 }  // namespace
 

@@ -2,7 +2,8 @@
 // matmul.
 //
 // Math:    scale: out = mul(float(acc), mul(sx[r], sw[c])), or out += that for later groups. store:
-//          y = cast(add(in, bias[c])). All fp32, each operation rounded, no contraction.
+//          y = cast(add(in, bias[c])). All fp32, each operation rounded, no contraction. weigh:
+//          out = acc * m[c], or out += that for later groups, exact int32 (spec 18).
 // Shapes:  acc, in, out [rows, ld] in L1, cols <= ld used; y [rows, cols] with its own row stride.
 // Tests:   tests/kernels/test_matmul_native.py
 #pragma once
@@ -32,6 +33,8 @@ struct TileEnd {
   // out and acc do not overlap.
   void (*scale)(const int32_t* acc, int64_t ld, int rows, int cols, const float* sx,
                 const float* sw, bool first, float* out);
+  void (*weigh)(const int32_t* acc, int64_t ld, int rows, int cols, const int32_t* multiplier,
+                bool first, int32_t* out);
   void (*store)(const float* in, int64_t ld, int rows, int cols, const float* bias, OutType type,
                 void* y, int64_t ldy);
 };

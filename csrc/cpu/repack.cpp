@@ -219,18 +219,30 @@ void repack_float(const T* w, int64_t n, int64_t k, int64_t begin, int64_t end, 
   }
 }
 
-void scales_by_group(const float* scale, int64_t groups, int64_t channels, float* out, int64_t ld) {
-  constexpr int64_t kLine = 16;  // floats of one cache line: whole lines are written
+// [channels, groups] -> convert of it [groups, ld], zeros beyond the channels.
+template <class From, class To, class Convert>
+static void by_group(const From* values, int64_t groups, int64_t channels, To* out, int64_t ld,
+                     Convert convert) {
+  constexpr int64_t kLine = 64 / sizeof(To);  // whole cache lines are written
   for (int64_t c = 0; c < ld; c += kLine) {
-    const float* from = scale + c * groups;
+    const From* from = values + c * groups;
     const int64_t line = std::min(kLine, ld - c);
     const int64_t width = std::clamp<int64_t>(channels - c, 0, line);
     for (int64_t g = 0; g < groups; ++g) {
-      float* to = out + g * ld + c;
-      for (int64_t i = 0; i < width; ++i) to[i] = canonical(from[i * groups + g]);
-      for (int64_t i = width; i < line; ++i) to[i] = 0.0f;
+      To* to = out + g * ld + c;
+      for (int64_t i = 0; i < width; ++i) to[i] = convert(from[i * groups + g]);
+      for (int64_t i = width; i < line; ++i) to[i] = 0;
     }
   }
+}
+
+void scales_by_group(const float* scale, int64_t groups, int64_t channels, float* out, int64_t ld) {
+  by_group(scale, groups, channels, out, ld, [](float value) { return canonical(value); });
+}
+
+void multipliers_by_group(const uint8_t* multiplier, int64_t groups, int64_t channels, int32_t* out,
+                          int64_t ld) {
+  by_group(multiplier, groups, channels, out, ld, [](uint8_t value) { return int32_t{value}; });
 }
 
 #define LLMQAT_INSTANTIATE(T) \

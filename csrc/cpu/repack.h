@@ -75,4 +75,8 @@ void pack_panel8(Isa isa, const void* w, Layout source, int64_t n, int64_t k, in
 // Every NaN becomes the canonical one.
 void scales_by_group(const float* scale, int64_t groups, int64_t channels, float* out, int64_t ld);
 
+// Integer multipliers in the same way.
+void multipliers_by_group(const uint8_t* multiplier, int64_t groups, int64_t channels, int32_t* out,
+                          int64_t ld);
+
 }  // namespace llmqat::cpu

@@ -216,28 +216,38 @@ LLMQAT_TARGET_AVX512 void fake(const T* x, int64_t n, float inv, float limit, fl
 namespace {
 
 template <class T>
-RowScale measure(const T* x, int64_t n, int bits, bool bf16_scale, Isa isa) {
-  const uint32_t amax = isa == Isa::avx512vnni ? avx512::amax_bits(x, n)
-                        : isa == Isa::avx2     ? avx2::amax_bits(x, n)
-                                               : scalar::amax_bits(x, n);
-  return row_scale(widen_amax(amax, x), bits, bf16_scale);
+RowScale measure(const T* x, int64_t n, int bits, bool bf16_scale) {
+  return row_scale(amax_bits_of_row(x, n), bits, bf16_scale);
 }
 
 }  // namespace
 
 template <class T>
-float quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, int8_t* codes) {
+uint32_t amax_bits_of_row(const T* x, int64_t n) {
   const Isa isa = current_isa();
-  const RowScale row = measure(x, n, bits, bf16_scale, isa);
+  const uint32_t amax = isa == Isa::avx512vnni ? avx512::amax_bits(x, n)
+                        : isa == Isa::avx2     ? avx2::amax_bits(x, n)
+                                               : scalar::amax_bits(x, n);
+  return widen_amax(amax, x);
+}
+
+template <class T>
+void codes_of_row(const T* x, int64_t n, float inv, int bits, int8_t* codes) {
   const float limit = static_cast<float>(qmax(bits));
-  if (row.zero) {
-    if (n > 0) std::memset(codes, 0, static_cast<size_t>(n));
-  } else if (isa == Isa::avx512vnni) {
-    avx512::codes(x, n, row.inv, limit, codes);
-  } else if (isa == Isa::avx2) {
-    avx2::codes(x, n, row.inv, limit, codes);
-  } else {
-    scalar::codes(x, n, row.inv, limit, codes);
+  switch (current_isa()) {
+    case Isa::avx512vnni: return avx512::codes(x, n, inv, limit, codes);
+    case Isa::avx2: return avx2::codes(x, n, inv, limit, codes);
+    default: return scalar::codes(x, n, inv, limit, codes);
+  }
+}
+
+template <class T>
+float quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, int8_t* codes) {
+  const RowScale row = measure(x, n, bits, bf16_scale);
+  if (!row.zero) {
+    codes_of_row(x, n, row.inv, bits, codes);
+  } else if (n > 0) {
+    std::memset(codes, 0, static_cast<size_t>(n));
   }
   return row.scale;
 }
@@ -254,7 +264,7 @@ void dequantize_row(const int8_t* codes, int64_t n, float scale, T* out) {
 template <class T>
 void fake_quantize_row(const T* x, int64_t n, int bits, bool bf16_scale, T* out) {
   const Isa isa = current_isa();
-  const RowScale row = measure(x, n, bits, bf16_scale, isa);
+  const RowScale row = measure(x, n, bits, bf16_scale);
   const float limit = static_cast<float>(qmax(bits));
   if (row.zero) {
     const T value = from_float<T>(dequantize_code(0, row.scale));
@@ -318,6 +328,8 @@ void quantize_rows(const Parallel& parallel, const T* x, int64_t rows, int64_t n
 }
 
 #define LLMQAT_INSTANTIATE(T)                                                                     \
+  template uint32_t amax_bits_of_row<T>(const T*, int64_t);                                       \
+  template void codes_of_row<T>(const T*, int64_t, float, int, int8_t*);                          \
   template float quantize_row<T>(const T*, int64_t, int, bool, int8_t*);                          \
   template void quantize_rows<T>(const Parallel&, const T*, int64_t, int64_t, int, bool, int8_t*, \
                                  float*);                                                         \

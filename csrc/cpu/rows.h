@@ -12,6 +12,14 @@
 
 namespace llmqat::cpu {
 
+// max |x| of n values as the bits of an fp32 number; Inf and NaN come out on top. 0 if n == 0.
+template <class T>
+uint32_t amax_bits_of_row(const T* x, int64_t n);
+
+// n values times inv, rounded to codes (spec 4). The row has codes (RowScale::zero is false).
+template <class T>
+void codes_of_row(const T* x, int64_t n, float inv, int bits, int8_t* codes);
+
 // One row of n values to n codes; returns the scale (spec 2-4). codes may be nullptr only if n ==
 // 0.
 template <class T>

@@ -18,7 +18,7 @@ from llmqat.checkpoint.validate import TensorInfo
 from llmqat.config import QATConfig
 from llmqat.errors import CheckpointError
 from llmqat.nn.linear import INPUT_SCALE
-from llmqat_kernels.spec.quantize import qmax
+from llmqat_kernels.spec.quantize import group_scales, qmax, split_group_scales
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -62,6 +62,7 @@ class LinearShape:
     k: int
     bits: int
     group_size: int
+    integer_scales: bool = False
 
     @property
     def groups(self) -> int:
@@ -124,7 +125,7 @@ def linear_shape(arch: Architecture, name: str, config: QATConfig) -> LinearShap
         raise CheckpointError(
             f"llmqat.group_size: {config.group_size} does not divide the {k} columns of {name}"
         )
-    return LinearShape(n, k, config.w_bits, config.group_size)
+    return LinearShape(n, k, config.w_bits, config.group_size, config.weight.integer_scales)
 
 
 def expected_tensors(
@@ -248,14 +249,16 @@ def decode_linear(
     """The inverse of :func:`encode_linear`: codes as stored in memory, scale fp32 [N] or [N, G].
 
     Raises:
-        CheckpointError: a code outside [-qmax, qmax], a scale that is not finite and positive, a
-            wrong `weight_shape`, or padding that is not zero.
+        CheckpointError: a code outside [-qmax, qmax], a scale that is not finite and positive (or
+            not an integer one), a wrong `weight_shape`, or padding that is not zero.
     """
     scale = tensors["weight_scale"].to(torch.float32)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CheckpointError(
             f"{where}.weight_scale: a scale is not finite and positive; write the checkpoint again"
         )
+    if shape.integer_scales:
+        _check_integer_scales(scale, where)
     if shape.group_size == -1:
         scale = scale.squeeze(-1)
     codes = _decode_words(tensors, shape, where) if shape.packed else tensors["weight"]
@@ -266,6 +269,16 @@ def decode_linear(
                 f"{where}.weight: a code is outside [-{limit}, {limit}]; write the checkpoint again"
             )
     return codes, scale
+
+
+def _check_integer_scales(scales: Tensor, where: str) -> None:
+    multiplier, scale = split_group_scales(scales)
+    exact = torch.equal(scale.to(torch.bfloat16).to(torch.float32), scale)
+    if not exact or not torch.equal(group_scales(scale, multiplier), scales):
+        raise CheckpointError(
+            f"{where}.weight_scale: not whole multiples (at most 63) of one bfloat16 number a row,"
+            " as weight_scale_dtype 'integer' says; write the checkpoint again"
+        )
 
 
 def _decode_words(tensors: Mapping[str, Tensor], shape: LinearShape, where: str) -> Tensor:

@@ -53,6 +53,7 @@ from llmqat.convert import prepare, swap_empty
 from llmqat.errors import CheckpointError, ConfigError
 from llmqat.models import compat
 from llmqat.models.families import iter_linears
+from llmqat.nn.quantized_linear import BUFFERS, held_scales
 from llmqat.state import PACKED, PREPARED, State
 
 
@@ -363,8 +364,8 @@ def _read_model(
                     {key: read(f"{name}.{key}") for key in keys}, shape, name
                 )
                 taken.update(f"{name}.{key}" for key in keys)
-                yield f"{name}.weight_codes", codes
-                yield f"{name}.weight_scale", scale
+                buffers = zip(BUFFERS, (codes, *held_scales(scale, packed.weight)), strict=True)
+                yield from ((f"{name}.{key}", t) for key, t in buffers if t is not None)
         for name in checkpoint.tensors:
             if name not in taken and not checkpoint.rules[name].implied:
                 tensor = read(name)

@@ -47,7 +47,7 @@ from llmqat.config import QATConfig
 from llmqat.errors import CheckpointError, ConfigError
 from llmqat.models import compat
 from llmqat.models.families import find_family, iter_linears
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import BUFFERS, QuantizedLinear
 from llmqat.state import PACKED, state_of
 
 TOKENIZER_FILES = (
@@ -152,9 +152,7 @@ def _tensors(
         raise ConfigError(f"model: cannot be saved, {error}") from error
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[2] in ("weight_codes", "weight_scale") or (
-            name == HEAD and arch.tied
-        ):
+        if name.rpartition(".")[2] in BUFFERS or (name == HEAD and arch.tied):
             continue
         if dtype is not None and tensor.is_floating_point() and not is_learned_scale(name):
             tensor = tensor.to(dtype)
@@ -188,7 +186,7 @@ def _packed_tensors(model: nn.Module, arch: Architecture, packed: QATConfig) -> 
                 " fresh model"
             )
         shape = linear_shape(arch, short, packed)
-        encoded = encode_linear(module.weight_codes.cpu(), module.weight_scale.cpu(), shape)
+        encoded = encode_linear(module.weight_codes.cpu(), module.scales.cpu(), shape)
         result.update({f"{name}.{key}": tensor for key, tensor in encoded.items()})
     return result
 

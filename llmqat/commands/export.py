@@ -45,6 +45,13 @@ class ExportArguments:
     group_size: int = field(
         default=-1, metadata={"help": "With --bits: columns that share a scale; -1 a row."}
     )
+    weight_scale_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "With --bits: bfloat16, float32, or integer (groups: whole multiples of a row's"
+            " scale)."
+        },
+    )
     released: bool = field(
         default=False,
         metadata={
@@ -71,7 +78,12 @@ def run(arguments: ExportArguments) -> None:
     requested = (
         None
         if a.bits is None
-        else QATConfig.parse(a.bits, kv_mode=a.kv_mode, group_size=a.group_size)
+        else QATConfig.parse(
+            a.bits,
+            kv_mode=a.kv_mode,
+            group_size=a.group_size,
+            weight_scale_dtype=a.weight_scale_dtype,
+        )
     )
     model = load_model(a.model, dtype=None, device=parse_device(a.device))
     state = state_of(model)

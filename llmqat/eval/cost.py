@@ -238,7 +238,7 @@ def weight_bytes(config: Any, qat: QATConfig, *, float_bits: int = FLOAT_BITS) -
 
     Args:
         config: see :func:`macs`.
-        qat: ``w_bits`` and ``group_size`` matter.
+        qat: ``w_bits``, ``group_size`` and whether scales are integers matter.
         float_bits: width of embedding, head and norms, 16 or 32.
     """
     if float_bits not in OFF_BITS:
@@ -249,7 +249,10 @@ def weight_bytes(config: Any, qat: QATConfig, *, float_bits: int = FLOAT_BITS) -
         linears += n * _row_bytes(k, qat.w_bits)
         if qat.w_bits not in OFF_BITS:
             groups = 1 if qat.group_size < 0 else -(-k // qat.group_size)
-            scales += n * groups * SCALE_BYTES
+            if qat.weight.integer_scales:
+                scales += n * (SCALE_BYTES + groups)
+            else:
+                scales += n * groups * SCALE_BYTES
     table = shape.vocab * shape.hidden * float_bits // 8
     norms = (2 * shape.layers + 1) * shape.hidden * shape.norm_parts
     if shape.head_norms:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.nn.linear import QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
+from llmqat_kernels.nn import QuantizedWeight
 
 __all__ = ["DecidedLinear"]
 
@@ -24,9 +26,9 @@ class DecidedLinear(QATLinear):
         # Not a submodule: the model's tensors and their names stay as they are.
         linear.__dict__["_packed"] = packed
 
-    def weight_codes(self) -> tuple[Tensor, Tensor]:
-        packed = self.__dict__["_packed"]
-        return packed.int8_codes(), packed.weight_scale
+    def quantized_weight(self) -> QuantizedWeight:
+        packed: QuantizedLinear = self.__dict__["_packed"]
+        return packed.quantized_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.__dict__["_packed"](x)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""The two linears of the method: trained (`QATLinear`) and packed (`QuantizedLinear`).
+"""The trained linear of the method (`QATLinear`); `quantized_linear` has the packed one.
 
-Both compute spec 7 through `llmqat_kernels`, so for the same weights, inputs and dtype their
+Both compute spec 7 or 18 through `llmqat_kernels`, so for the same weights, inputs and dtype their
 outputs are equal bit for bit (with 16-bit activations both are float products of the same
 dequantized weight).
 
@@ -86,6 +86,8 @@ class LinearSpec:
         text = f"W{weight.bits}A{activation.bits}"
         if weight.group_size != -1:
             text += f" g{weight.group_size}"
+        if weight.integer_scales:
+            text += " integer scales"
         if activation.group_size != -1:
             text += f" {activation.group_axis} g{activation.group_size}"
         if self.output.enabled:
@@ -96,7 +98,8 @@ class LinearSpec:
         return text + (" official" if weight.numerics == "official" else "")
 
 
-def _quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
+def quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
+    """y [..., N] on the grid of the linear's output, or y itself."""
     return fake_quantize(y, spec.output, ste_clip=spec.ste_clip)
 
 
@@ -153,7 +156,7 @@ class QATLinear(qnn.QATLinear):
             y = super().forward(x)
         else:
             y = self._float_forward(qnn.autocast_input(x))
-        return _quantize_output(y, spec)
+        return quantize_output(y, spec)
 
     def _float_forward(self, x: Tensor) -> Tensor:
         """A float product of fake-quantized values."""
@@ -227,174 +230,3 @@ def initialize_scales(model: nn.Module, input_ids: Tensor) -> None:
     with torch.no_grad():
         model(input_ids=input_ids.to(layers[0].weight.device), use_cache=False)
     model.train(was_training)
-
-
-class QuantizedLinear(nn.Module):
-    """A linear that holds codes instead of a weight; inference only (spec 7, 8).
-
-    Buffers: `weight_codes` int8 [N, K], or for 4 bits packed uint8 [N, ceil(K / 2)]; `weight_scale`
-        fp32 [N] or
-    [N, K / group_size], which stays fp32 through `.to(dtype)`. `bias` is a parameter [N] or None.
-    """
-
-    weight_codes: Tensor
-    weight_scale: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        spec: LinearSpec,
-        *,
-        bias: Tensor | None,
-        codes: Tensor,
-        scale: Tensor,
-    ) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.spec = spec
-        self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight_scale", scale)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        )
-
-    @classmethod
-    def from_codes(
-        cls, codes: Tensor, scale: Tensor, spec: LinearSpec, *, bias: Tensor | None = None
-    ) -> QuantizedLinear:
-        """From int8 codes [N, K] and scales fp32 [N] or [N, groups]; 4-bit codes are packed, two a
-        byte.
-        """
-        n, k = codes.shape
-        stored = qk.pack_int4(codes) if spec.weight.bits == 4 else codes
-        return cls(k, n, spec, bias=bias, codes=stored, scale=scale)
-
-    @classmethod
-    def from_qat(cls, linear: QATLinear) -> QuantizedLinear:
-        """The packed form of a trained linear: exactly the codes and scales that its forward uses.
-
-        Raises:
-            ConfigError: the weight has NaN or infinite values.
-        """
-        codes, scale = linear.weight_codes()
-        if not bool(torch.isfinite(scale).all()):
-            raise ConfigError("weight has NaN or infinite values; such a layer cannot be converted")
-        converted = cls.from_codes(codes.clone(), scale.clone(), linear.spec, bias=linear.bias)
-        converted.train(linear.training)
-        return converted
-
-    @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        spec: LinearSpec,
-        *,
-        bias_dtype: torch.dtype | None,
-    ) -> QuantizedLinear:
-        """Buffers without data, on the default device (a loader's meta device); `bias_dtype` None
-        for no bias.
-        """
-        packed = spec.weight.bits == 4
-        columns = (in_features + 1) // 2 if packed else in_features
-        groups = () if spec.weight.group_size == -1 else (in_features // spec.weight.group_size,)
-        return cls(
-            in_features,
-            out_features,
-            spec,
-            bias=None if bias_dtype is None else torch.empty(out_features, dtype=bias_dtype),
-            codes=torch.empty((out_features, columns), dtype=torch.uint8 if packed else torch.int8),
-            scale=torch.empty((out_features, *groups), dtype=torch.float32),
-        )
-
-    def int8_codes(self) -> Tensor:
-        """Unpacked codes int8 [N, K]."""
-        if self.weight_codes.dtype == torch.uint8:
-            return qk.unpack_int4(self.weight_codes, self.in_features)
-        return self.weight_codes
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the codes stand for (spec 5)."""
-        return qk.dequantize(
-            self.int8_codes(),
-            self.weight_scale,
-            group_size=self.spec.weight.group_size,
-            dtype=dtype,
-        )
-
-    @property
-    def bits(self) -> qnn.LinearBits:
-        """Widths and options of the integer product."""
-        return self.spec.bits
-
-    def forward(self, x: Tensor | qnn.QuantizedRows | qnn.GatedRows) -> Tensor:
-        """x float [..., K] or rows of that shape -> [..., N] in x's dtype (for a float x under
-        autocast: the autocast dtype).
-        """
-        spec = self.spec
-        if isinstance(x, qnn.GatedRows):
-            x = x.quantize(spec.activation.bits)
-        if isinstance(x, qnn.QuantizedRows):
-            return _quantize_output(self._product(x), spec)
-        y = qk.quantized_linear(
-            qnn.autocast_input(x),
-            self.weight_codes,
-            self.weight_scale,
-            self.bias,
-            w_bits=spec.weight.bits,
-            a_bits=spec.activation.bits,
-            group_size=spec.weight.group_size,
-        )
-        return _quantize_output(y, spec)
-
-    def extra_repr(self) -> str:
-        bias = self.bias is not None
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias},"
-            f" {self.spec.describe()}"
-        )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:
-            # `.to(bfloat16)` is meant for the float tensors of a model; a rounded scale would be
-            # another grid.
-            self.weight_scale = scale.to(self.weight_scale.device)
-        return self
-
-    def _product(self, rows: qnn.QuantizedRows) -> Tensor:
-        """The product of codes; like that of floats it has no gradient, and says so in backward."""
-        spec = self.spec
-        rows.check_bits(spec.activation.bits)
-        y = torch.ops.llmqat.quantized_matmul(
-            rows.codes,
-            rows.scale,
-            self.weight_codes,
-            self.weight_scale,
-            self.bias,
-            spec.weight.bits,
-            spec.weight.group_size,
-            rows.values.dtype,
-        )
-        if torch.is_grad_enabled() and rows.values.requires_grad:
-            y = _NoGradient.apply(y, rows.values)
-        return y
-
-
-class _NoGradient(torch.autograd.Function):
-    """Ties a result to what it was computed from, so that backward fails instead of skipping it."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, values: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "a converted linear has no gradient: it is an inference form; call it under"
-            " torch.no_grad()"
-        )

@@ -9,8 +9,10 @@ from torch import Tensor
 
 import llmqat_kernels as qk
 from llmqat.config import QuantSpec
+from llmqat_kernels.spec.quantize import group_scales
 
-SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "integer": torch.uint8}
+"""By the names of `QATConfig`; `LinearBits` takes uint8 for integer scales of groups."""
 _ROWS: dict[str, Callable[..., Tensor]] = {
     "symmetric": qk.fake_quantize,
     "asymmetric": qk.fake_quantize_asymmetric,
@@ -48,6 +50,8 @@ def fake_quantize(
         return qk.fake_quantize_channels(
             x, spec.bits, group_size=spec.group_size, ste_clip=ste_clip
         )
+    if spec.integer_scales:
+        return _on_integer_scales(x, spec)
     return _ROWS[spec.quantizer](
         x,
         spec.bits,
@@ -55,3 +59,11 @@ def fake_quantize(
         ste_clip=ste_clip,
         scale_dtype=SCALE_DTYPES[spec.scale_dtype],
     )
+
+
+def _on_integer_scales(x: Tensor, spec: QuantSpec) -> Tensor:
+    """For searches over weights; training multiplies codes (`QATConfig` sees to it)."""
+    assert not (torch.is_grad_enabled() and x.requires_grad), "integer scales have no gradient here"
+    codes, multiplier, scale = qk.quantize_integer_groups(x, spec.bits, group_size=spec.group_size)
+    scales = group_scales(scale, multiplier)
+    return qk.dequantize(codes, scales, group_size=spec.group_size, dtype=x.dtype)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import llmqat_kernels as qk
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.models.families import find_family
 from llmqat.nn.linear import LinearSpec
+from llmqat.nn.quantizers import fake_quantize
 from llmqat.ptq.calibration import TOKEN_LIMIT, BlockWalk, Gram
 from llmqat.ptq.channels import fold, foldable_groups, merge_heads, spread_heads, widest_folds
 from llmqat.ptq.checks import check_count, check_fold, check_plain, check_token_limit
@@ -77,12 +77,7 @@ def search_scale(
         columns = scale if spread is None else spread_heads(scale, spread)
         error = 0.0
         for weight in weights:
-            rounded = qk.fake_quantize(
-                weight.float() * columns,
-                spec.weight.bits,
-                group_size=spec.weight.group_size,
-                scale_dtype=spec.scale_dtype,
-            )
+            rounded = fake_quantize(weight.float() * columns, spec.weight)
             error += output_error(weight, rounded / columns, gram)
         before = error if step == 0 else before
         if best is None or error < best[1]:

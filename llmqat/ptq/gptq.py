@@ -23,7 +23,12 @@ from llmqat.ptq.calibration import TOKEN_LIMIT, BlockWalk, Gram
 from llmqat.ptq.channels import input_groups
 from llmqat.ptq.checks import check_count, check_fraction, check_plain, check_token_limit
 from llmqat.ptq.journal import BlockJournal
-from llmqat_kernels.spec.quantize import row_codes, row_scale
+from llmqat_kernels.spec.quantize import (
+    group_scales,
+    quantize_integer_groups,
+    row_codes,
+    row_scale,
+)
 
 __all__ = ["gptq", "gptq_codes"]
 
@@ -44,7 +49,8 @@ def gptq_codes(
         gram: float [K, K], a positive multiple of X^T X over inputs X [tokens, K].
         spec: bits, group size and scale precision. With groups, a group's scale comes from its
             columns as they stand when its first one is due; with `act_order`, from the columns of
-            the original weight, since then a group's columns are not due together.
+            the original weight, since then a group's columns are not due together; with integer
+            scales also, since those of a row are chosen together.
         damping: this part of the mean diagonal is added to the diagonal.
         act_order: take the columns by falling diagonal, the most used inputs first.
         block_columns: columns between updates of all the rest; speed only, up to rounding.
@@ -60,11 +66,15 @@ def gptq_codes(
     work = weight.detach().float()
     bf16, group = spec.scale_dtype == "bfloat16", spec.group_size
     width = k if group == -1 else group
-    scale = row_scale(work.unflatten(1, (k // width, width)), spec.bits, bf16)  # [N, groups]
+    if spec.integer_scales:
+        _, multiplier, row = quantize_integer_groups(work, spec.bits, group)
+        scale = group_scales(row, multiplier)
+    else:
+        scale = row_scale(work.unflatten(1, (k // width, width)), spec.bits, bf16)  # [N, groups]
     work = work[:, order].contiguous()
     codes = torch.empty_like(work, dtype=torch.int8)
     columns = order.tolist()
-    dynamic = group != -1 and not act_order
+    dynamic = group != -1 and not act_order and not spec.integer_scales
     # A group may not begin inside the part of the weight that waits for its update.
     step = max(group, block_columns // group * group) if dynamic else block_columns
     for begin in range(0, k, step):

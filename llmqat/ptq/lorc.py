@@ -19,7 +19,8 @@ from llmqat.config import QuantSpec
 from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
 from llmqat.nn.conv1d import row_weight
-from llmqat.nn.linear import LinearSpec, QuantizedLinear
+from llmqat.nn.linear import LinearSpec
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.ptq.checks import check_count
 from llmqat.state import PACKED, state_of
 
@@ -39,6 +40,7 @@ class CompensatedLinear(nn.Module):
             bias=linear.bias,
             codes=linear.weight_codes,
             scale=linear.weight_scale,
+            multiplier=linear.weight_multiplier,
         )
         self.register_buffer("down", down)
         self.register_buffer("up", up)

@@ -34,6 +34,7 @@ OPERATORS = (
     "silu_mul",
     "silu_mul_quantize",
     "repacked_matmul",
+    "integer_group_matmul",
     "repacked_linear",
     "float_matmul",
     "rope",
@@ -138,7 +139,7 @@ class Forward:
         codes, scale, stream = kernels.rms_norm_quantize(
             stream, block.post_norm, block.post_eps, bits, delta
         )
-        if "repacked_matmul_silu_mul" in self._joined:
+        if "repacked_matmul_silu_mul" in self._joined and block.gate_up.multiplier is None:
             product = self.integer(block.gate_up, codes, scale, kernels.repacked_matmul_silu_mul)
             codes, scale = kernels.quantize(product, bits, -1, False)
         else:
@@ -248,9 +249,20 @@ class Forward:
         scale: Tensor,
         kernel: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """The integer product of spec 7 on codes int8 [n, K] and scales [n]; ``kernel`` None is
-        ``repacked_matmul``.
+        """The integer product of spec 7 or 18 on codes int8 [n, K] and scales [n]; ``kernel`` None
+        is ``repacked_matmul``, or what reads integer group scales.
         """
+        if linear.multiplier is not None:
+            return self.kernels.integer_group_matmul(  # type: ignore[no-any-return]
+                codes,
+                scale,
+                linear.weight,
+                linear.multiplier,
+                linear.scale,
+                linear.bias,
+                linear.group_size,
+                self.dtype,
+            )
         return (kernel or self.kernels.repacked_matmul)(  # type: ignore[no-any-return]
             codes,
             scale,

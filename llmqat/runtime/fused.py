@@ -59,6 +59,7 @@ class FusedBlocks:
         self._per_block: tuple[list[Any], ...] = (
             [tensor for block in blocks for tensor in _weights(block)],
             [linear.bias for linear in linears],
+            [linear.multiplier for linear in linears],
             [t for c in caches for t in (c.k_codes, c.k_scale, c.v_codes, c.v_scale)],
             [eps for block in blocks for eps in (block.input_eps, block.post_eps)],
             [block.integer_bits for block in blocks],

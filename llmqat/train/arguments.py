@@ -68,7 +68,10 @@ class QuantArguments:
     group_size: int | None = _option(
         None, "Weight columns that share a scale; default: the whole row."
     )
-    weight_scale_dtype: str | None = _option(None, "bfloat16 (the default) or float32.")
+    weight_scale_dtype: str | None = _option(
+        None,
+        "bfloat16 (the default), float32, or integer (groups: whole multiples of a row's scale).",
+    )
     ste_clip: float | None = _option(
         None, "Zero the gradient where |x| reaches this; the released code used 2.0."
     )

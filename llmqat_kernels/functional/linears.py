@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..checks import (
     FLOAT_DTYPES,
-    MAX_INTEGER_GROUP_K,
     check_bits,
     check_group_size,
+    check_integer_scales,
     check_same_device,
     check_shape,
     check_tensor,
@@ -67,11 +67,7 @@ def check_integer_groups(
     check_tensor("w_multiplier", multiplier, (torch.uint8,), 2)
     check_group_size(k, group_size)
     check_shape("w_multiplier", multiplier, scale_shape((w.shape[0],), k, group_size))
-    if k > MAX_INTEGER_GROUP_K:
-        raise InvalidArgument(
-            f"a: {k} features exceed {MAX_INTEGER_GROUP_K}, the longest exact sum of integer groups"
-            " of 4-bit weights; use float group scales"
-        )
+    check_integer_scales(k, 4, group_size)
 
 
 def _columns(a: Tensor, w_multiplier: Tensor, group_size: int) -> int:

@@ -9,6 +9,7 @@ from ..checks import (
     FLOAT_DTYPES,
     check_bits,
     check_group_size,
+    check_integer_scales,
     check_same_device,
     check_shape,
     check_tensor,
@@ -111,12 +112,9 @@ def quantize_integer_groups(
         [...]. The scale of a group is ``multiplier * scale``.
     """
     check_tensor("x", x, FLOAT_DTYPES)
-    if check_bits("bits", bits) > 4:
-        raise InvalidArgument(
-            f"bits: integer groups hold 2..4 bits (their int32 sums would overflow), got {bits}"
-        )
-    if check_group_size(x.shape[-1], group_size) == -1:
-        raise InvalidArgument("group_size: -1 has no groups; use a divisor of the row length")
+    check_bits("bits", bits)
+    check_group_size(x.shape[-1], group_size)
+    check_integer_scales(x.shape[-1], bits, group_size, "bits")
     codes, multiplier, scale = ops.quantize_integer_groups(x, bits, group_size)
     return codes, multiplier, scale
 

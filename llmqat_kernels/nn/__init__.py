@@ -19,7 +19,7 @@ from .norm import QuantizedRMSNorm, RMSNorm
 from .rotary import QuantizedKV
 from .rows import GatedRows, QuantizedRows
 from .swiglu import QuantizedSwiGLU
-from .weight_codes import WeightCodes
+from .weight_codes import QuantizedWeight, WeightCodes
 
 __all__ = [
     "GatedRows",
@@ -29,6 +29,7 @@ __all__ = [
     "QuantizedRMSNorm",
     "QuantizedRows",
     "QuantizedSwiGLU",
+    "QuantizedWeight",
     "RMSNorm",
     "TakesRows",
     "WeightCodes",

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import llmqat_kernels as qk
 
 from ..autocast import autocast_input
-from ..checks import check_bits, check_group_size
+from ..checks import check_bits, check_group_size, check_integer_scales
 from ..errors import InvalidArgumentType
 from .adoption import become
 from .rows import GatedRows, QuantizedRows
-from .weight_codes import WeightCodes
+from .weight_codes import QuantizedWeight, WeightCodes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class LinearBits:
     Args:
         w_bits: weights [N, K], 2..8. a_bits: inputs, per token, 2..8.
         group_size: columns of a weight that share a scale; -1 for the whole row.
-        scale_dtype: precision to which weight scales are rounded, bfloat16 or float32.
+        scale_dtype: precision to which weight scales are rounded, bfloat16 or float32; or uint8:
+            a group's scale is a whole multiple, 1 to 63, of one bfloat16 scale a row (spec 18), so
+            that a product is one integer sum. Groups and w_bits of at most 4 only.
         ste_clip: gradients are zero where |x| >= ste_clip; None passes all.
     """
 
@@ -34,6 +36,11 @@ class LinearBits:
     group_size: int = -1
     scale_dtype: torch.dtype = torch.bfloat16
     ste_clip: float | None = None
+
+    @property
+    def integer_scales(self) -> bool:
+        """Whether the scales of groups are integers."""
+        return self.scale_dtype == torch.uint8
 
     @property
     def needs_values(self) -> bool:
@@ -63,7 +70,8 @@ class QATLinear(nn.Linear):
         bits: widths and options.
 
     Raises:
-        InvalidArgument: bits out of 2..8, or a group size that does not divide the columns.
+        InvalidArgument: bits out of 2..8, a group size that does not divide the columns, or integer
+            scales without groups, with more than 4 bits or 38,342 columns.
     """
 
     _bits: LinearBits
@@ -105,8 +113,13 @@ class QATLinear(nn.Linear):
 
     def weight_codes(self) -> tuple[Tensor, Tensor]:
         """Codes int8 [N, K] and scales fp32 [N] or [N, K / group_size] of the current weight (spec
-        3, 4).
+        3, 4, 18).
         """
+        quantized = self.quantized_weight()
+        return quantized.codes, quantized.scales
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The current weight as the product takes it."""
         if not torch.compiler.is_compiling() and self._weight_codes.keep and _is_gathered(self):
             self.keep_codes(False)
         bits = self.bits
@@ -131,27 +144,26 @@ class QATLinear(nn.Linear):
             InvalidArgument: rows of other bits than this linear's a_bits.
         """
         bits = self.bits
-        codes, scale = self.weight_codes()
+        w = self.quantized_weight()
+        parameters = self.weight, self.bias
         options: dict[str, Any] = {
-            "w_codes": codes,
-            "w_scale": scale,
+            "w_codes": w.codes,
+            "w_scale": w.scale,
             "group_size": bits.group_size,
             "ste_clip": bits.ste_clip,
         }
-        if isinstance(x, QuantizedRows):
-            x.check_bits(bits.a_bits)
-            return qk.qat_matmul(x.values, x.codes, x.scale, self.weight, self.bias, **options)
+        if isinstance(x, Tensor):
+            x = autocast_input(x)
+            if w.multiplier is None:
+                return qk.qat_linear(
+                    x, *parameters, w_bits=bits.w_bits, a_bits=bits.a_bits, **options
+                )
+            x = QuantizedRows.quantize(x, bits.a_bits)
+        options["w_multiplier"] = w.multiplier
         if isinstance(x, GatedRows):
-            return qk.silu_mul_qat_matmul(*x, self.weight, self.bias, a_bits=bits.a_bits, **options)
-        return qk.qat_linear(
-            autocast_input(x),
-            self.weight,
-            self.bias,
-            w_bits=bits.w_bits,
-            a_bits=bits.a_bits,
-            scale_dtype=bits.scale_dtype,
-            **options,
-        )
+            return qk.silu_mul_qat_matmul(*x, *parameters, a_bits=bits.a_bits, **options)
+        x.check_bits(bits.a_bits)
+        return qk.qat_matmul(x.values, x.codes, x.scale, *parameters, **options)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, W{self.bits.w_bits}A{self.bits.a_bits}"
@@ -178,6 +190,8 @@ def _check(in_features: int, bits: LinearBits) -> None:
     check_bits("w_bits", bits.w_bits)
     check_bits("a_bits", bits.a_bits)
     check_group_size(in_features, bits.group_size)
+    if bits.integer_scales:
+        check_integer_scales(in_features, bits.w_bits, bits.group_size)
 
 
 def _is_gathered(module: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 import llmqat_kernels as qk
 
+from ..spec.quantize import group_scales
+
 # Optimizers may write parameters without telling autograd (`p.data`, fused kernels of other
 # packages), which leaves the version counter alone. Every `Optimizer.step` therefore starts a new
 # epoch, and old codes with it.
@@ -27,13 +29,27 @@ def _next_epoch(*_: Any) -> None:
 _epoch_hook = register_optimizer_step_post_hook(_next_epoch)
 
 
+class QuantizedWeight(NamedTuple):
+    """Codes int8 [N, K] of a weight and their scales: fp32 [N] or [N, K / group_size] (spec 3, 4),
+    or, with integer group scales, fp32 [N] and multipliers uint8 [N, K / group_size] (spec 18).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    multiplier: Tensor | None = None
+
+    @property
+    def scales(self) -> Tensor:
+        """What a code is multiplied by, fp32 [N] or [N, K / group_size]."""
+        return group_scales(self.scale, self.multiplier)
+
+
 class _Entry(NamedTuple):
     """Weight codes and what they were computed from."""
 
     weight: weakref.ref[Tensor]
     key: tuple[Any, ...]
-    codes: Tensor
-    scale: Tensor
+    quantized: QuantizedWeight
 
 
 class WeightCodes:
@@ -51,14 +67,20 @@ class WeightCodes:
 
     def get(
         self, weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """``quantize(weight, bits, ...)`` of weight float [N, K]: codes int8 [N, K], scales fp32
-        [N] or [N, K / group_size] (spec 3, 4).
+    ) -> QuantizedWeight:
+        """``quantize(weight, bits, ...)`` of weight float [N, K] (spec 3, 4); with ``scale_dtype``
+        uint8 ``quantize_integer_groups`` (spec 18).
         """
 
-        def quantize() -> tuple[Tensor, Tensor]:
-            return qk.quantize(
-                weight.detach(), bits, group_size=group_size, scale_dtype=scale_dtype
+        def quantize() -> QuantizedWeight:
+            values = weight.detach()
+            if scale_dtype == torch.uint8:
+                codes, multiplier, scale = qk.quantize_integer_groups(
+                    values, bits, group_size=group_size
+                )
+                return QuantizedWeight(codes, scale, multiplier)
+            return QuantizedWeight(
+                *qk.quantize(values, bits, group_size=group_size, scale_dtype=scale_dtype)
             )
 
         if torch.compiler.is_compiling() or not self.keep or _passing(weight):
@@ -74,14 +96,14 @@ class WeightCodes:
         key = (_optimizer_epoch, *place, bits, group_size, scale_dtype)
         entry = self._entry
         if entry is not None and entry.weight() is owner and entry.key == key:
-            return entry.codes, entry.scale
+            return entry.quantized
         # Codes made under inference_mode could not be saved for a later backward. A mode that
         # records operators to give their results back in a second pass (selective activation
         # checkpointing) must see them in both passes or in none, and the second finds them here.
         with torch.inference_mode(False), _disable_current_modes():
-            codes, scale = quantize()
-        self._entry = _Entry(weakref.ref(owner), key, codes, scale)
-        return codes, scale
+            quantized = quantize()
+        self._entry = _Entry(weakref.ref(owner), key, quantized)
+        return quantized
 
     def clear(self) -> None:
         """Forget the codes."""

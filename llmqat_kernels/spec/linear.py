@@ -95,13 +95,6 @@ def qat_linear(
     return quantized_matmul(a, a_scale, w_codes, w_scale, bias, 8, group_size, x.dtype), a, a_scale
 
 
-def group_scales(w_scale: Tensor, w_multiplier: Tensor | None) -> Tensor:
-    """Scales fp32 [N, groups] of integer groups: exact products (spec 18)."""
-    if w_multiplier is None:
-        return w_scale
-    return w_multiplier.to(torch.float32) * w_scale.unsqueeze(-1)
-
-
 def qat_matmul_backward_input(
     grad: Tensor,
     w_codes: Tensor,

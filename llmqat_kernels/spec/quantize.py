@@ -108,10 +108,31 @@ def quantize_integer_groups(x: Tensor, bits: int, group_size: int) -> tuple[Tens
     scale = torch.div(top, torch.full_like(top, MAX_MULTIPLIER))
     scale = scale.to(torch.bfloat16).to(torch.float32)
     scale = torch.where(zero.all(dim=-1), torch.ones_like(scale), scale)
-    inv = torch.div(torch.ones_like(scale), scale)
-    multiplier = torch.round(torch.clamp(fine * inv.unsqueeze(-1), 1, MAX_MULTIPLIER))
+    # Rounded up, so that no group's largest value is cut.
+    steps = torch.div(fine, scale.unsqueeze(-1).expand_as(fine))
+    multiplier = torch.ceil(torch.clamp(steps, 1, MAX_MULTIPLIER))
     multiplier = torch.where(
         zero | ~torch.isfinite(multiplier), torch.ones_like(multiplier), multiplier
     )
     codes = row_codes(rows, multiplier * scale.unsqueeze(-1), bits)
     return codes.reshape(x.shape), multiplier.to(torch.uint8), scale
+
+
+def group_scales(scale: Tensor, multiplier: Tensor | None) -> Tensor:
+    """Scales fp32 [..., groups] of integer groups: exact products (spec 18); without multipliers
+    ``scale`` itself.
+    """
+    return scale if multiplier is None else multiplier.to(torch.float32) * scale.unsqueeze(-1)
+
+
+def split_group_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Multipliers uint8 [..., groups] and scale fp32 [...]: what :func:`group_scales` was given, if
+    :func:`quantize_integer_groups` made it (spec 18).
+
+    The largest multiplier of a row is then 63, but for a row of zeros, whose scales are all 1 (63
+    times a bf16 number never is). From other scales comes what does not give them back.
+    """
+    top = scales.amax(dim=-1)
+    scale = torch.div(top, torch.full_like(top, MAX_MULTIPLIER))
+    scale = torch.where((scales == 1).all(dim=-1), torch.ones_like(scale), scale)
+    return torch.round(scales / scale.unsqueeze(-1)).to(torch.uint8), scale

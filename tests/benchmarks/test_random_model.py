@@ -12,7 +12,7 @@ from benchmarks.random_model import (
     packed_model,
 )
 from llmqat import Engine
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat_kernels import use_backend
 
 CPU = torch.device("cpu")

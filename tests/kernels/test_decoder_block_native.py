@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmqat_kernels import native
+from llmqat_kernels.spec.quantize import quantize_integer_groups
 from llmqat_kernels.testing import assert_same_bits, generator
 from tests.kernels.kv_cases import empty_cache, tables
 
@@ -30,8 +31,12 @@ class Linear:
     n: int
     bits: int
     group_size: int
+    multiplier: Tensor | None = None
 
     def __call__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.multiplier is not None:
+            weight = self.weight, self.multiplier, self.scale, self.bias, self.group_size
+            return OPS.integer_group_matmul(codes, scale, *weight, dtype)
         return OPS.repacked_matmul(
             codes,
             scale,
@@ -59,6 +64,7 @@ class Case:
     hidden: int = 36
     width: int = 44  # of the MLP
     groups: bool = False
+    integer_scales: bool = False  # of the groups
     bias: bool = False
     dtype: torch.dtype = torch.float32
     norm_dtype: torch.dtype = torch.float32
@@ -85,11 +91,15 @@ class Case:
     def _linear(self, n: int, k: int, random: torch.Generator) -> Linear:
         group_size = k // 2 if self.groups else -1
         weight = torch.randn(n, k, generator=random) / k**0.5
-        codes, scale = OPS.quantize(weight, self.w_bits, group_size, False)
+        multiplier = None
+        if self.integer_scales:
+            codes, multiplier, scale = quantize_integer_groups(weight, self.w_bits, group_size)
+        else:
+            codes, scale = OPS.quantize(weight, self.w_bits, group_size, False)
         packed = OPS.pack_int4(codes) if self.w_bits == 4 else codes
         bias = torch.randn(n, generator=random).to(self.norm_dtype) if self.bias else None
         layout = OPS.repack_weight(packed, self.w_bits)
-        return Linear(layout, scale, bias, n, self.w_bits, group_size)
+        return Linear(layout, scale, bias, n, self.w_bits, group_size, multiplier)
 
     def caches(self) -> list[tuple[Tensor, ...]]:
         shape = (SLOTS, self.kv_heads, TOKENS, self.head_dim, self.kv_bits, self.mode)
@@ -129,16 +139,19 @@ class Case:
     def arguments(self, x: Tensor, caches, slots: Tensor, positions: Tensor) -> dict:
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
+        multipliers: list[Tensor | None] = []
         for first, second, linears in self.blocks:
             weights += [first, second]
             for linear in linears:
                 weights += [linear.weight, linear.scale]
                 biases.append(linear.bias)
+                multipliers.append(linear.multiplier)
         cos, sin = tables(TOKENS, self.head_dim)
         return {
             "hidden": x,
             "weights": weights,
             "biases": biases,
+            "multipliers": multipliers,
             "caches": [tensor for cache in caches for tensor in cache],
             "eps": [1e-5, 1e-6] * len(self.blocks),
             "bits": [self.a_bits] * len(self.blocks),
@@ -189,6 +202,8 @@ def test_bits_of_the_composition(isa, w_bits, kv_bits, mode):
         {"bias": True},
         {"groups": True},
         {"groups": True, "bias": True, "w_bits": 8, "kv_bits": 4},
+        {"groups": True, "integer_scales": True},
+        {"groups": True, "integer_scales": True, "w_bits": 2, "bias": True},
         {"kv_heads": 4},
         {"kv_heads": 1, "heads": 5},
         {"a_bits": 6, "w_bits": 3},
@@ -223,7 +238,8 @@ def test_no_rows_and_no_blocks():
     OPS.decoder_blocks(**case.arguments(torch.empty(0, case.hidden), case.caches(), none, none))
     x = torch.randn(1, case.hidden)
     zero = torch.zeros(1, dtype=torch.int64)
-    empty = {"weights": [], "biases": [], "caches": [], "eps": [], "bits": []}
+    lists = ("weights", "biases", "multipliers", "caches", "eps", "bits")
+    empty: dict[str, list] = {name: [] for name in lists}
     before = x.clone()
     OPS.decoder_blocks(**case.arguments(x, case.caches(), zero, zero) | empty)
     assert_same_bits(x, before)
@@ -247,6 +263,10 @@ QKV = SMALL.blocks[0][2][0]
         ("hidden", lambda x: x[0], "hidden: expected 2 dimensions"),
         ("weights", lambda old: old[:-1], "weights: expected 20 entries"),
         ("biases", lambda old: old[:-1], "biases: expected 8 entries"),
+        ("multipliers", lambda old: old[:-1], "multipliers: expected 8 entries"),
+        ("multipliers", replaced(0, torch.ones(128, 5, dtype=torch.uint8)), "5 groups do not"),
+        ("multipliers", replaced(0, torch.ones(127, 2, dtype=torch.uint8)), "expected size 128"),
+        ("multipliers", replaced(0, torch.ones(128, 2)), "w_multiplier: expected uint8"),
         ("caches", lambda old: old[:-1], "caches: expected 8 entries"),
         ("eps", lambda old: old[:-1], "eps: expected 4 entries"),
         ("bits", lambda old: [8, 9], "bits: expected 2 to 8, got 9"),

@@ -30,6 +30,14 @@ def test_small_groups_take_at_least_one_step_of_the_scale(backend):
     assert codes.tolist() == [[7, 0, 0, 1]]
 
 
+def test_multipliers_are_rounded_up(backend):
+    """Fine scales 63, 1.0625, 2 and 2.5 at s = 1: no group's largest value lies beyond its grid."""
+    x = row((441.0, 0.0), (7.4375, 6.0), (14.0, 7.0), (17.5, 1.0))
+    codes, multiplier, scale = qk.quantize_integer_groups(x, 4, group_size=2)
+    assert scale.tolist() == [1.0] and multiplier.tolist() == [[63, 2, 2, 3]]
+    assert codes.tolist() == [[7, 0, 4, 3, 7, 4, 6, 0]]
+
+
 def test_zero_and_poisoned_rows(backend):
     x = torch.zeros(3, 4)
     x[1] = torch.tensor([1.0, 2.0, float("nan"), 4.0])

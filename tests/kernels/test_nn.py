@@ -15,6 +15,8 @@ from llmqat_kernels.testing import assert_within_ratio
 
 W4A8 = qnn.LinearBits(4, 8)
 CLIPPED = qnn.LinearBits(4, 8, ste_clip=1.0)
+GROUPS = qnn.LinearBits(4, 8, group_size=8)
+INTEGER = qnn.LinearBits(4, 8, group_size=8, scale_dtype=torch.uint8)
 
 
 def linear(k=24, n=10, bits=W4A8, **options):
@@ -34,7 +36,7 @@ def same(a, b):
 # Rows
 
 
-@pytest.mark.parametrize("bits", [W4A8, CLIPPED, qnn.LinearBits(4, 8, group_size=8)], ids=str)
+@pytest.mark.parametrize("bits", [W4A8, CLIPPED, GROUPS, INTEGER], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_are_the_float_input(backend, bits, dtype):
     """A linear on rows equals the linear on what they stand for, forward and backward."""
@@ -310,7 +312,12 @@ def test_one_cache_knows_its_settings():
         (8, 4, torch.float32),
     ):
         got = codes.get(weight, bits, group, dtype)
-        assert same(got, qk.quantize(weight, bits, group_size=group, scale_dtype=dtype))
+        assert same(got[:2], qk.quantize(weight, bits, group_size=group, scale_dtype=dtype))
+        assert got.multiplier is None and got.scales is got.scale
+    got = codes.get(weight, 4, 4, torch.uint8)
+    want = qk.quantize_integer_groups(weight, 4, group_size=4)
+    assert same((got.codes, got.multiplier, got.scale), want)
+    assert torch.equal(got.scales, want[1] * want[2][:, None])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

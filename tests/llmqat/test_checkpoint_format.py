@@ -13,7 +13,7 @@ from llmqat.checkpoint import save_pretrained
 from llmqat.checkpoint.format import LinearShape, decode_linear, encode_linear
 from llmqat.config import QATConfig
 from llmqat.convert import convert
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 
 
 def test_layout_w4(tmp_path):

@@ -10,7 +10,8 @@ from llmqat.config import QATConfig
 from llmqat.convert import prepare
 from llmqat.errors import ConfigError
 from llmqat.nn.conv1d import QATConv1D, adopt_linear, row_weight
-from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
+from llmqat.nn.linear import LinearSpec, QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 
 SETTINGS = [
     QATConfig.parse("4-8-16"),

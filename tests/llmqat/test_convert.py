@@ -12,7 +12,8 @@ import llmqat
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.errors import ConfigError
-from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.nn.linear import QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.report import conversion_report
 from llmqat.state import State, state_of
 

@@ -10,7 +10,7 @@ EVERY = (*OPERATORS, *JOINED, "sample", "repack_weight")
 CUDA_ONLY = {"attention_decode_quantize"}
 CUDA_FIRST = CUDA_ONLY | {
     "quantize", "repack_weight", "repacked_matmul", "repacked_matmul_silu_mul", "repacked_linear",
-    "rope_quantize_append", "attention_decode", "float_matmul",
+    "rope_quantize_append", "attention_decode", "float_matmul", "integer_group_matmul",
 }  # fmt: skip
 
 

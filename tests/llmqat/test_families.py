@@ -16,7 +16,7 @@ from llmqat.errors import CheckpointError, ConfigError
 from llmqat.eval.cost import ModelShape, weight_bytes
 from llmqat.eval.perplexity import perplexity
 from llmqat.models.families import FAMILIES, find_family, iter_blocks, iter_linears
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.ptq import awq, gptq, rtn, smooth, smoothquant, zeroquant
 from llmqat.ptq.lorc import compensate, float_weights
 from llmqat.report import conversion_report

@@ -70,10 +70,11 @@ def test_objects_parameters_and_names_stay(mode):
         ("4-8-8", {"bias": True, "tied": True}, {}),
         ("4-8-4", {"heads": 6, "kv_heads": 3, "intermediate": 100}, {}),
         ("4-8-8", {}, {"group_size": 16}),
+        ("4-8-8", {}, {"group_size": 16, "weight_scale_dtype": "integer"}),
         ("4-8-8", {}, {"ste_clip": 1.5}),
         ("4-6-8", {}, {"weight_scale_dtype": "float32"}),
     ],
-    ids=["gqa", "mha-kv16", "bias-tied", "odd", "groups", "clip", "w4a6"],
+    ids=["gqa", "mha-kv16", "bias-tied", "odd", "groups", "integer-scales", "clip", "w4a6"],
 )
 def test_fused_is_unfused_up_to_rounding(mode, setting, variant, fields):
     """Norms differ in the order of a sum, rotation in nothing: where no code flips, outputs and

@@ -14,7 +14,7 @@ from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare
 from llmqat.models import compat
 from llmqat.nn.fused import FusedDecoderLayer
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.state import state_of
 from llmqat_kernels import nn as qnn
 from llmqat_kernels import use_backend

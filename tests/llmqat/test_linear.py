@@ -11,7 +11,8 @@ from torch import nn
 import llmqat_kernels as qk
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
-from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear, clear_weight_cache
+from llmqat.nn.linear import LinearSpec, QATLinear, clear_weight_cache
+from llmqat.nn.quantized_linear import QuantizedLinear
 
 
 def qat(setting="4-8-16", k=24, n=10, bias=True, is_kv=False, seed=0, **fields):

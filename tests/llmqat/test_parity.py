@@ -5,6 +5,7 @@ whole models.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 import llmqat_kernels as qk
 from llmqat.checkpoint import from_pretrained, save_pretrained
 from llmqat.checkpoint.format import LinearShape, decode_linear, encode_linear
-from llmqat.config import QATConfig
+from llmqat.config import SCALE_DTYPES, QATConfig
 from llmqat.convert import convert, prepare
-from llmqat.nn.linear import LinearSpec, QATLinear, QuantizedLinear
+from llmqat.nn.linear import LinearSpec, QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear, held_scales
+from llmqat.runtime.forward import Forward
 from llmqat.runtime.weights import fuse
 from tests.llmqat.kv_codes import quantize_kv
 from tests.llmqat.tiny import random_tokens, tiny_llama
@@ -35,10 +38,11 @@ def random_linear(seed, dtype):
     group = (-1, -1, 4, 8)[pick(0, 3)]
     k = pick(1, 40) if group == -1 else group * pick(1, 5)
     n, m = pick(1, 24), pick(1, 5)
+    setting = SETTINGS[pick(0, len(SETTINGS) - 1)]
     config = QATConfig.parse(
-        f"{SETTINGS[pick(0, len(SETTINGS) - 1)]}-{(4, 8, 16)[pick(0, 2)]}",
+        f"{setting}-{(4, 8, 16)[pick(0, 2)]}",
         group_size=group,
-        weight_scale_dtype=("bfloat16", "float32")[pick(0, 1)],
+        weight_scale_dtype=SCALE_DTYPES[pick(0, 2 if group != -1 and setting[0] in "234" else 1)],
     )
     linear = nn.Linear(k, n, bias=bool(pick(0, 1)))
     with torch.no_grad():
@@ -57,14 +61,14 @@ def random_linear(seed, dtype):
 def through_disk_format(packed):
     """The linear after its tensors went through the layout of a checkpoint."""
     spec = packed.spec
-    shape = LinearShape(
-        packed.out_features, packed.in_features, spec.weight.bits, spec.weight.group_size
-    )
-    encoded = encode_linear(packed.weight_codes, packed.weight_scale, shape)
-    codes, scale = decode_linear(encoded, shape, "linear")
-    return QuantizedLinear(
-        packed.in_features, packed.out_features, spec, bias=packed.bias, codes=codes, scale=scale
-    )
+    weight, size = spec.weight, (packed.out_features, packed.in_features)
+    shape = LinearShape(*size, weight.bits, weight.group_size, weight.integer_scales)
+    encoded = encode_linear(packed.weight_codes, packed.scales, shape)
+    codes, scales = decode_linear(encoded, shape, "linear")
+    loaded = QuantizedLinear.empty(*reversed(size), spec, bias_dtype=None)
+    loaded.weight_codes, loaded.bias = codes, packed.bias
+    loaded.weight_scale, loaded.weight_multiplier = held_scales(scales, weight)
+    return loaded
 
 
 def served(packed, x):
@@ -73,10 +77,8 @@ def served(packed, x):
     """
     linear = fuse([packed], x.dtype)
     codes, scale = qk.quantize(x, linear.a_bits)
-    options = {"n": linear.n, "w_bits": linear.w_bits, "group_size": linear.group_size}
-    y = qk.repacked_matmul(
-        codes, scale, linear.weight, linear.scale, linear.bias, dtype=x.dtype, **options
-    )
+    engine = SimpleNamespace(kernels=torch.ops.llmqat, dtype=x.dtype)
+    y = Forward.integer(engine, linear, codes, scale)
     output = packed.spec.output
     return qk.fake_quantize(y, output.bits) if output.enabled else y
 
@@ -88,9 +90,9 @@ def test_linears(backend, dtype):
         packed = QuantizedLinear.from_qat(prepared)
         reloaded = through_disk_format(packed)
         assert torch.equal(packed.int8_codes(), prepared.weight_codes()[0]), seed
-        assert torch.equal(packed.weight_scale, prepared.weight_codes()[1]), seed
-        assert torch.equal(reloaded.weight_codes, packed.weight_codes), seed
-        assert torch.equal(reloaded.weight_scale, packed.weight_scale), seed
+        assert torch.equal(packed.scales, prepared.weight_codes()[1]), seed
+        for name, tensor in packed.state_dict().items():
+            assert torch.equal(reloaded.state_dict()[name], tensor), (seed, name)
         with torch.no_grad():
             expected = prepared(x)
             assert expected.dtype == dtype

@@ -10,7 +10,7 @@ import llmqat_kernels as qk
 from llmqat.config import QATConfig, QuantSpec
 from llmqat.convert import state_of
 from llmqat.errors import ConfigError
-from llmqat.nn.linear import QuantizedLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.ptq import BlockJournal, gptq, rtn
 from llmqat.ptq.awq import output_error
 from llmqat.ptq.calibration import Gram

@@ -15,7 +15,8 @@ from llmqat.eval.cost import GIB, ModelShape, weight_bytes
 from llmqat.models import compat
 from llmqat.models.families import find_family, iter_linears
 from llmqat.models.shapes import SHAPES, find_shape
-from llmqat.nn.linear import QATLinear, QuantizedLinear
+from llmqat.nn.linear import QATLinear
+from llmqat.nn.quantized_linear import QuantizedLinear
 
 BILLIONS = {
     "llama-7b": 6.476,

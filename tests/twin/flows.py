@@ -87,8 +87,8 @@ def a_capture_computes_nothing_and_refuses_to_wait():
 def trained(device, **options):
     """The student after a step of distillation, and its loss."""
     student, teacher = (tiny_llama(layers=1).to(device) for _ in range(2))
-    config = llmqat.QATConfig.parse("4-8-4", kv_mode=options.pop("kv_mode", "paper"))
-    llmqat.prepare(student.train(), config, **options)
+    fused = options.pop("fused", False)
+    llmqat.prepare(student.train(), llmqat.QATConfig.parse("4-8-4", **options), fused=fused)
     student.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     ids = random_tokens(0, 2, 8).to(device)
@@ -150,6 +150,17 @@ def the_engine_by_triton():
 def the_engine_by_cuda():
     same_tokens(packed("4-8-8"), backend="cuda")
     ran("llmqat_cuda::repacked_matmul_silu_mul")
+
+
+@flow
+def integer_scales_of_groups():
+    groups = {"group_size": 16, "weight_scale_dtype": "integer"}
+    same_training(fused=True, **groups)
+    model = packed("4-8-8", **groups)
+    same_tokens(model)
+    ran("integer_group_matmul_kernel")
+    same_tokens(model.to("cpu"), backend="cuda")
+    ran("llmqat_cuda::integer_group_matmul")
 
 
 @flow

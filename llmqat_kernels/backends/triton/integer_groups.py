@@ -80,14 +80,15 @@ def quantize_integer_groups_kernel(
     finite = top < numerics.INFINITY_BITS
     s = tl.where(finite, s, float("nan"))
     tl.store(scale + row + tl.arange(0, 1), s)
-    inverse = numerics.inverse_of(tl.where(finite, s, 1.0))
+    step = tl.where(finite, s, 1.0)
     for first in range(0, groups, CHUNK):
         values, at, present, mask = _load_groups(x, row, first, groups, group_size, CHUNK, BLOCK)
         amax = tl.max(numerics.magnitude_bits(values), axis=1)
         nonzero = amax.to(tl.float32, bitcast=True) >= numerics.ZERO_AMAX
         fine = numerics.scale_of(amax, QMAX, False)
         fine = tl.where(finite & nonzero, fine, 0.0)  # the clamp must not see NaN
-        m = numerics.round_to_integer(tl.minimum(tl.maximum(fine * inverse, 1.0), MULTIPLIERS))
+        steps = tl.div_rn(fine, tl.broadcast_to(step, (CHUNK,)))
+        m = numerics.round_up(tl.minimum(tl.maximum(steps, 1.0), MULTIPLIERS))
         group_scale = m.to(tl.float32) * s
         keep = numerics.has_codes(amax, group_scale)
         code = numerics.codes_of(

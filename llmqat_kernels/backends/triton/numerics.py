@@ -78,6 +78,15 @@ def round_to_integer(v):
 
 
 @triton.jit
+def round_up(v):
+    """fp32 v, |v| <= 2^22 -> int32, the next integer. `tl.ceil` is compiled to an instruction that
+    flushes subnormals.
+    """
+    near = round_to_integer(v)
+    return near + (near.to(tl.float32) < v).to(tl.int32)
+
+
+@triton.jit
 def codes_of(x, inverse, keep, QMAX: tl.constexpr, CLAMP: tl.constexpr):
     """int32 codes of fp32 x; ``inverse`` and ``keep`` broadcast against x (spec 4).
 
