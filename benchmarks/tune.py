@@ -1,6 +1,6 @@
 """Time the candidate tiles of the Triton kernels on this GPU and write its architecture's table.
 
-    python -m benchmarks.tune [--op NAME ...] [--rounds 7]
+    python -m benchmarks.tune [--op NAME ...] [--rounds 7] [--budget SECONDS]
 
 For every bucket of shapes that the cases of `benchmarks.registry` ask for: the candidates of the
 kernel (``CANDIDATES`` of its file) must give the bits of the default tile, then they take turns
@@ -9,8 +9,10 @@ llmqat_kernels/backends/triton/tiles/sm_<arch>.json, from where launches take it
 the kernel's own heuristic. Only forms that `benchmarks.kernel_report` checks are candidates.
 
 The table is written after every case, so that a run that is ended keeps what it found (for a bucket
-whose cases were not all measured: over those that were). A candidate that raises is refused; a case
-that does is named and left out, and the exit status is 1.
+whose cases were not all measured: over those that were). With --budget no case starts after that
+many seconds, those that README's GPU table reads come first, and the command for the others is
+printed. A candidate that raises is refused; a case that does is named and left out, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import math
 import os
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,6 +40,7 @@ from benchmarks.entry import Job, everything, reason_of
 from benchmarks.kernel_forms import kernels_of, modules
 from benchmarks.registry import Case, cases, op_names
 from benchmarks.roofline import repeated, repetitions
+from benchmarks.run import most_important_first
 from benchmarks.timing import Timer, cuda_seconds, environment, interleaved
 from llmqat.io import write_text
 from llmqat_kernels import use_backend
@@ -235,16 +239,24 @@ def case_or_reason(
 
 
 def sweep(
-    chosen: Iterable[Case],
+    chosen: Sequence[Case],
     device: torch.device,
     choices: Candidates,
     timer: Timer,
     rounds: int,
     write: Callable[[Buckets], None],
+    deadline: float = math.inf,
 ) -> tuple[Buckets, bool]:
-    """Every case, with ``write`` after each once there is a bucket; whether a case failed."""
+    """Every case until the deadline (of time.monotonic), with ``write`` after each once there is a
+    bucket; whether a case failed.
+    """
     buckets, failed = Buckets(), False
-    for case in chosen:
+    for index, case in enumerate(chosen):
+        if time.monotonic() > deadline:
+            ops = " ".join(dict.fromkeys(left.entry.op for left in chosen[index:]))
+            print(f"--budget: {len(chosen) - index} cases left out; python -m benchmarks.tune --op"
+                  f" {ops} measures them")  # fmt: skip
+            break
         label = f"{case.name}, {case.shape.label}, {case.dtype_name}"
         timed = case_or_reason(case, device, choices, buckets, timer, rounds)
         if buckets:
@@ -279,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--op", nargs="+", choices=op_names(), help="these benchmark entries only")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, help="start no case after this many seconds")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available() or interpreting():
         print("tune: there is no CUDA device here (or TRITON_INTERPRET=1 is set); tiles are timed"
@@ -290,13 +303,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tune(options: argparse.Namespace, device: torch.device) -> int:
     """Every case on a device, then what came of each bucket; the exit status."""
+    deadline = math.inf if options.budget is None else time.monotonic() + options.budget
     arch = tiles.architecture(device)
     path = tiles.FOLDER / f"sm_{arch}.json"
-    chosen = cases(options.op, device_type="cuda")
+    chosen = list(cases(options.op, device_type="cuda"))
+    if options.budget is not None:
+        chosen = most_important_first(chosen, "cuda")
     with use_backend("triton"):
         buckets, failed = sweep(
             chosen, device, candidates(arch), cuda_seconds, options.rounds,
-            writer(path, arch, device),
+            writer(path, arch, device), deadline,
         )  # fmt: skip
     for (op, key), bucket in buckets.items():
         for tile, why in bucket.refused.items():

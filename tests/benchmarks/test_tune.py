@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ class Case:
 
     def __init__(self, rows, error=None):
         self.name, self.shape, self.dtype_name = "matmul", Shape("X", {"M": rows}), "float32"
+        self.entry = SimpleNamespace(op="matmul")
         self._key, self._error = f"M<={rows}", error
 
     def build(self, device):
@@ -95,6 +97,17 @@ def test_every_bucket_is_on_disk_before_the_next_case(path):
     with pytest.raises(KeyboardInterrupt):
         sweep([Case(4), Case(8, KeyboardInterrupt())], path)
     assert written(path).keys() == {"M<=1", "M<=4"}
+
+
+def test_a_budget_ends_the_sweep_with_the_command_for_the_rest(monkeypatch, path, capsys):
+    clock = iter([0, 9, 11])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    write = tune.writer(path, 90, CPU)
+    chosen = [Case(4), Case(8), Case(16), Case(32)]
+    _, failed = tune.sweep(chosen, CPU, CHOICES, timer, 1, write, deadline=10)
+    assert not failed and written(path).keys() == {"M<=1", "M<=4", "M<=8"}
+    said = capsys.readouterr().out
+    assert "2 cases left out; python -m benchmarks.tune --op matmul measures them" in said
 
 
 def test_a_bucket_whose_cases_failed_keeps_what_was_known():
