@@ -4,11 +4,10 @@
 #include "cuda/int4_linear.h"
 #include "cuda_stream.h"
 #include "llmqat/heuristics_int4.h"
+#include "llmqat/quant_math.h"
 
 namespace llmqat::bindings {
 namespace {
-
-constexpr int64_t kMaxIntegerGroupK = 38342;  // 63 * 7 * 127 * k < 2^31
 
 // A contiguous tensor on the device of a.
 Tensor operand(const Tensor& t, const Tensor& a, ScalarType dtype,

@@ -12,8 +12,6 @@
 namespace llmqat::cpu {
 namespace {
 
-constexpr float kMaxMultiplier = 63.0f;
-
 thread_local Scratch<float> t_fine;
 
 // The groups' own scales, 0 for a group of zeros; returns the largest, or NaN for a row that is not
@@ -41,9 +39,10 @@ float quantize_row(const T* x, int64_t groups, int64_t n, int bits, int8_t* code
     std::fill_n(codes, groups * n, int8_t{0});
     return top == 0.0f ? 1.0f : top;
   }
-  const float scale = round_to<bf16>(div_rn(top, kMaxMultiplier));
+  constexpr float kLargest = kMaxMultiplier;
+  const float scale = round_to<bf16>(div_rn(top, kLargest));
   for (int64_t g = 0; g < groups; ++g) {
-    const float steps = std::clamp(div_rn(fine[g], scale), 1.0f, kMaxMultiplier);
+    const float steps = std::clamp(div_rn(fine[g], scale), 1.0f, kLargest);
     const float m = std::ceil(steps);
     multiplier[g] = static_cast<uint8_t>(m);
     int8_t* to = codes + g * n;

@@ -32,7 +32,6 @@
 namespace llmqat::cpu {
 
 inline constexpr int64_t kMaxK = 131071;             // 131071 * 127 * 127 < 2^31 (spec 7)
-inline constexpr int64_t kMaxIntegerGroupK = 38342;  // 38342 * 63 * 7 * 127 < 2^31 (spec 18)
 inline constexpr int64_t kPackRows = 8;
 inline constexpr int64_t kCacheBytes = 512 << 10;
 

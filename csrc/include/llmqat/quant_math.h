@@ -27,6 +27,10 @@ struct fp16 {
 
 inline constexpr int kMinBits = 2;
 inline constexpr int kMaxBits = 8;
+// Integer scales of groups (spec 18): the largest, and the longest row whose sum fits int32, since
+// 63 * 7 * 127 * 38342 < 2^31.
+inline constexpr int kMaxMultiplier = 63;
+inline constexpr int64_t kMaxIntegerGroupK = 38342;
 inline constexpr float kTinyAmax = 0x1p-100f;  // rows below it have scale 1 and codes 0 (spec 2)
 inline constexpr uint32_t kInfBits = 0x7F800000u;
 inline constexpr uint32_t kAbsMask = 0x7FFFFFFFu;
