@@ -175,6 +175,15 @@ class QATTrainer(Trainer):
             write_curve(read_metrics(self.metrics_log.path), Path(self.args.output_dir) / CURVE)
         return result
 
+    def _run_epoch(self, *parts: Any, **options: Any) -> None:
+        """One pass over the data, but for a run that was killed after its last step: the library
+        would train a step more.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*parts, **options)
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -85,13 +85,18 @@ def _train(argv, die_at=None):
 
 def _assert_close(a, b):
     """The same run within rounding: every logged number, and the student (whose rounding AdamW
-    enlarges where a gradient is all but zero).
+    enlarges where a gradient is all but zero). Rounding may take a value of one step over a tie to
+    the next code.
     """
-    assert len(logged(a)) == len(logged(b)) > 0
+    assert len(logged(a)) == len(logged(b)) > 1
+    flipped = []
     for one, other in zip(logged(a), logged(b), strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            assert one[name] == pytest.approx(other[name], rel=1e-5), (one["step"], name)
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+            if one[name] != pytest.approx(other[name], rel=1e-5):
+                flipped.append(one["step"])
+    assert len(set(flipped)) <= 1, flipped
     _assert_same_weights(a, b, atol=1e-4)
 
 

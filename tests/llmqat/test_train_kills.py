@@ -11,6 +11,7 @@ import llmqat
 from llmqat import cli, io
 from llmqat.data import Record, RecordWriter
 from llmqat.train import resume
+from llmqat.train import run as training
 from llmqat_kernels import use_backend
 from tests.llmqat.processes import fork
 from tests.llmqat.tiny import random_tokens, tiny_llama
@@ -93,6 +94,21 @@ def test_killed_at_random_moments(argv, whole, tmp_path):
         assert status == -signal.SIGKILL
         killed += 1
     _assert_same(tmp_path, reference)
+
+
+def test_killed_after_the_last_step(argv, whole, tmp_path):
+    """All checkpoints are written, the model is not: no step is trained again."""
+
+    def work(_):
+        training._finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        _train(argv(tmp_path))
+
+    with fork(work) as process:
+        assert process.wait() == -signal.SIGKILL
+    assert len(logged(tmp_path)) == 9 and not (tmp_path / "model.safetensors").exists()
+    with fork(lambda _: _train(argv(tmp_path))) as process:
+        assert process.wait() == 0
+    _assert_same(tmp_path, whole[0])
 
 
 def test_killed_between_two_durable_writes(argv, whole, tmp_path):
