@@ -9,6 +9,7 @@ null.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 os.environ |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 if __name__ == "__main__":  # before torch looks for a device
     ctypes.CDLL(sys.argv[1])
+    gc.disable()  # as in tests/conftest.py
 
 import torch
 
@@ -215,6 +217,8 @@ def river(folder):
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(1)
     cuda.install()
     for name, function in FLOWS.items():
