@@ -256,7 +256,17 @@ def sigkill(scratch: Path, kills: int = 30, records: int = 300) -> dict[str, int
     return tally.result
 
 
+class NoPandas:
+    """pyarrow imports pandas where it is installed: memory that every fork would map again."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
 if __name__ == "__main__":
+    sys.meta_path.insert(0, NoPandas)
     logging.disable(logging.WARNING)
     gc.disable()  # a collection in a child would copy the parent's pages
     store._COMPACT_BYTES = 64  # so that small runs rewrite their journals too
