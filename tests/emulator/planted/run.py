@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,14 +25,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.build import ROOT
+from tests.emulator.build import ROOT, precompiled
 from tests.emulator.planted.bugs import BUGS, Bug
 
 # -O0 halves the time of a compilation, which is most of the time of a bug.
 FLAGS = (
     "-O0 -fsanitize=alignment,bounds,shift,signed-integer-overflow"
     " -fsanitize-undefined-trap-on-error"
-)
+).split()
 SOURCES = ("csrc/cuda", "csrc/include", "tests/emulator")
 CPU_SECONDS = 60  # a bug may also be an endless loop
 
@@ -80,7 +81,6 @@ def in_a_fork(bug: Bug) -> dict[str, object]:
                 if bug.text:  # checks without a bug share the libraries of the sources themselves
                     plant(bug, tree)
                     os.environ["LLMQAT_EMULATOR_TREE"] = str(tree)
-                os.environ["LLMQAT_EMULATOR_FLAGS"] = FLAGS
                 answer.write_text(json.dumps({"failure": first_failure(bug.tests)}))
             except BaseException:
                 answer.write_text(json.dumps({"error": traceback.format_exc()}))
@@ -98,6 +98,7 @@ def main(names: Sequence[str]) -> None:
     files = sorted({str(ROOT / "tests/emulator" / bug.tests[0]) for bug in bugs})
     with redirect_stdout(io.StringIO()):
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])
+    os.environ["LLMQAT_EMULATOR_FLAGS"] = shlex.join(precompiled(FLAGS))
     for bug in [*sound(bugs), *bugs]:
         print(json.dumps(in_a_fork(bug)), flush=True)
 
