@@ -1,6 +1,7 @@
 """Every kernel once under AddressSanitizer and UndefinedBehaviorSanitizer: a short check of its own
-tests, in a process that has the sanitizers loaded."""
+tests, in a fork of a process that has the sanitizers loaded."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import sys
 import pytest
 
 from tests.emulator.build import ROOT, compiler
-from tests.emulator.planted.bugs import BUGS
-from tests.emulator.planted.run import plant
+from tests.emulator.planted.bugs import BUGS, Bug
+from tests.emulator.planted.run import run
 
 pytestmark = [pytest.mark.emulator, pytest.mark.slow]
 
@@ -26,8 +27,12 @@ CHECKS = {
 }
 
 
-def run(arguments, **environment):
-    """pytest in a process of its own; returns it when it has ended."""
+BUG = next(bug for bug in BUGS if bug.name == "one row too many")
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What became of each check, and of the bug, by name."""
     command = compiler()
     if command is None:
         pytest.skip("no C++ compiler: set CXX")
@@ -38,20 +43,22 @@ def run(arguments, **environment):
     # Python and torch were not built with it: it must come first, and their leaks are not ours.
     # The kernels' stacks are their own; nothing is to be found after a return.
     options = "detect_leaks=0:detect_stack_use_after_return=0:handle_segv=1"
-    added = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options, "LLMQAT_EMULATOR_FLAGS": FLAGS}
-    return subprocess.run(
-        [sys.executable, *"-m pytest -sqx -p no:cacheprovider -p no:xdist".split(), *arguments],
-        **{"cwd": ROOT, "env": os.environ | added | environment},
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.emulator.test_sanitizers"],
+        **{"cwd": ROOT, "env": os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options}},
         capture_output=True,
         text=True,
         check=False,
     )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("file", CHECKS)
-def test_kernel_is_clean(file):
-    done = run(["-m", "not gpu", "-k", CHECKS[file], str(ROOT / "tests/emulator" / file)])
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+def test_kernel_is_clean(answers, file):
+    answer = answers[file]
+    assert "error" not in answer, answer["error"]
+    assert answer["failure"] is None
 
 
 def test_every_kernel_is_checked():
@@ -60,15 +67,12 @@ def test_every_kernel_is_checked():
     assert tests & kernels <= set(CHECKS) <= tests
 
 
-def test_the_sanitizers_look(tmp_path):
+def test_the_sanitizers_look(answers):
     """One row too many, planted, is an AddressSanitizer report that names the source line."""
-    bug = next(b for b in BUGS if b.name == "one row too many")
-    plant(bug, tmp_path / "tree")
-    file, selection = bug.tests
-    done = run(
-        ["-k", selection, str(ROOT / "tests/emulator" / file)],
-        LLMQAT_EMULATOR_TREE=str(tmp_path / "tree"),
-    )
-    assert done.returncode != 0
-    report = done.stdout + done.stderr
-    assert "AddressSanitizer" in report and "quantize.cu:" in report, report[-3000:]
+    report = answers[BUG.name]["error"]
+    assert "AddressSanitizer" in report and "quantize.cu:" in report, report
+
+
+if __name__ == "__main__":
+    checks = [Bug(file, "", "", "", (file, CHECKS[file])) for file in CHECKS]
+    run([*checks, BUG], FLAGS.split())

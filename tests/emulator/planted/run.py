@@ -58,7 +58,7 @@ def first_failure(tests: tuple[str, str]) -> str | None:
     """Run them here; the line of pytest that says what failed, or None."""
     file, selection = tests
     output = io.StringIO()
-    arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu"]
+    arguments = ["-xqs", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not gpu"]
     with redirect_stdout(output), redirect_stderr(output):
         code = pytest.main([*arguments, "-k", selection, str(ROOT / "tests/emulator" / file)])
     if code == pytest.ExitCode.OK:
@@ -73,10 +73,11 @@ def in_a_fork(bug: Bug) -> dict[str, object]:
     """What became of one bug, found out by a child process."""
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tree, answer = Path(folder) / "tree", Path(folder) / "answer.json"
+        tree, answer, report = (Path(folder) / name for name in ("tree", "answer.json", "report"))
         child = os.fork()
         if child == 0:
             try:
+                os.dup2(os.open(report, os.O_WRONLY | os.O_CREAT), sys.__stderr__.fileno())
                 resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
                 if bug.text:  # checks without a bug share the libraries of the sources themselves
                     plant(bug, tree)
@@ -87,20 +88,28 @@ def in_a_fork(bug: Bug) -> dict[str, object]:
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
-        ended = {"error": f"a crash, or more than {CPU_SECONDS} s"}
-        result = json.loads(answer.read_text()) if answer.is_file() else ended
+        if answer.is_file():
+            result = json.loads(answer.read_text())
+        else:
+            said = report.read_text(errors="replace")[-6000:]
+            result = {"error": f"a crash, or more than {CPU_SECONDS} s\n{said}"}
     return {"name": bug.name, "seconds": round(time.monotonic() - begin, 1), **result}
 
 
-def main(names: Sequence[str]) -> None:
-    bugs = [bug for bug in BUGS if not names or bug.name in names]
+def run(bugs: Sequence[Bug], flags: Sequence[str]) -> None:
+    """Print what becomes of each under these flags of the compiler."""
     # Collecting imports what the tests need, before the forks.
     files = sorted({str(ROOT / "tests/emulator" / bug.tests[0]) for bug in bugs})
     with redirect_stdout(io.StringIO()):
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files])
-    os.environ["LLMQAT_EMULATOR_FLAGS"] = shlex.join(precompiled(FLAGS))
-    for bug in [*sound(bugs), *bugs]:
+    os.environ["LLMQAT_EMULATOR_FLAGS"] = shlex.join(flags)
+    for bug in bugs:
         print(json.dumps(in_a_fork(bug)), flush=True)
+
+
+def main(names: Sequence[str]) -> None:
+    bugs = [bug for bug in BUGS if not names or bug.name in names]
+    run([*sound(bugs), *bugs], precompiled(FLAGS))
 
 
 if __name__ == "__main__":
