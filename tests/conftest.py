@@ -57,14 +57,6 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
 
 
-@pytest.fixture(autouse=True, scope="session")
-def imports_stay_frozen():
-    """Also after a run of ``llmqat experiments``, which ends with ``gc.unfreeze``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "unfreeze", lambda: None)
-        yield
-
-
 def select_backend(name):
     """``use_backend(name)``; a backend that cannot run on CPU tensors is a skip that says why."""
     if name == "cpu" and not native.is_available():

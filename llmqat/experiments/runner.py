@@ -191,6 +191,7 @@ class Runner:
     def run(self) -> Summary:
         """Run everything that is missing. Never raises for a cell that fails."""
         summary, started = Summary(cells=len(self.cells)), time.monotonic()
+        frozen = gc.get_freeze_count()  # by the program, or by who called it
         pending, pause = list(self.cells), _POLL_SECONDS[0]
         with self._bar:
             while pending:
@@ -205,7 +206,8 @@ class Runner:
                 else:
                     pause = _POLL_SECONDS[0]
                 pending = waiting
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         summary.stages = self._executed
         summary.seconds = time.monotonic() - started
         return summary

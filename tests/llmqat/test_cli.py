@@ -1,5 +1,6 @@
 """The command line: overview, YAML recipes, one-line errors."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -34,6 +35,19 @@ def test_every_command_has_help(command, capsys):
         cli.main([command, "--help"])
     assert caught.value.code == 0
     assert "--config" in capsys.readouterr().out
+
+
+def test_only_the_program_freezes_what_is_imported(monkeypatch, capsys):
+    """Who calls `main` with arguments keeps a garbage collector that sees everything."""
+    frozen = []
+    monkeypatch.setattr(cli.gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--help"])
+    assert frozen == []
+    monkeypatch.setattr(sys, "argv", ["llmqat", "info", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert frozen == [False] and gc.isenabled()
 
 
 def test_unknown_command(capsys):
