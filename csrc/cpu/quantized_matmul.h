@@ -31,7 +31,7 @@
 
 namespace llmqat::cpu {
 
-inline constexpr int64_t kMaxK = 131071;             // 131071 * 127 * 127 < 2^31 (spec 7)
+inline constexpr int64_t kMaxK = 131071;  // 131071 * 127 * 127 < 2^31 (spec 7)
 inline constexpr int64_t kPackRows = 8;
 inline constexpr int64_t kCacheBytes = 512 << 10;
 
