@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 from llmqat.commands.actions import run_action
 
@@ -54,17 +55,20 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
 
     Raises:
         ValueError: unreadable YAML, or a key that no option has.
-        SystemExit: 2, with one line, for an argument that no option has.
+        SystemExit: 2, with one line, for an argument that no option has, a value that is none of an
+            option's, or a missing option.
     """
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
         list(types), prog=f"llmqat {command}", description=COMMANDS[command.partition(" ")[0]]
     )
+    _refuse_in_one_line(parser, command)
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of options; the command line wins"
     )
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _refuse_in_one_line(finder, command)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
     if path is not None:
@@ -89,6 +93,15 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
         hint = f"did you mean {near[0]}?" if near else f"see llmqat {command} --help"
         parser.exit(2, f"llmqat {command}: unknown argument {unknown[0]!r}; {hint}\n")
     return tuple(instances)
+
+
+def _refuse_in_one_line(parser: argparse.ArgumentParser, command: str) -> None:
+    """Let a parser say what is wrong without its usage, which is a page long."""
+
+    def error(message: str) -> NoReturn:
+        parser.exit(2, f"llmqat {command}: {message}; see llmqat {command} --help\n")
+
+    parser.error = error  # type: ignore[method-assign]
 
 
 def _read_yaml(path: str) -> dict[str, object]:

@@ -89,6 +89,26 @@ def test_failures_are_one_line(argv, word, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "m"], "the following arguments are required: --output"),
+        (["--model", "m", "--output"], "argument --output: expected one argument"),
+        (
+            ["--model", "m", "--output", "o", "--num-records", "many"],
+            "argument --num_records/--num-records: invalid int value: 'many'",
+        ),
+        (["--config"], "argument --config: expected one argument"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate-data", *arguments])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said == f"llmqat generate-data: {says}; see llmqat generate-data --help\n"
+
+
+@pytest.mark.parametrize(
     ("argument", "hint"),
     [("--max-length", "did you mean --max-len?"), ("twenty", "see llmqat generate-data --help")],
 )
