@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -125,3 +126,21 @@ def test_killed_between_two_durable_writes(argv, whole, tmp_path):
     with fork(lambda _: _train(argv(tmp_path))) as run:
         assert run.wait() == 0
     _assert_same(tmp_path, reference)
+
+
+@pytest.mark.slow
+def test_killed_once_at_every_durable_write(argv, whole, tmp_path):
+    reference, _, writes = whole
+    for limit in range(1, writes + 1):
+        folder = tmp_path / str(limit)
+
+        def work(_, limit=limit, folder=folder):
+            _syncs()[1][0] = limit
+            _train(argv(folder))
+
+        with fork(work) as run:
+            assert run.wait() == -signal.SIGKILL, limit
+        with fork(lambda _, folder=folder: _train(argv(folder))) as run:
+            assert run.wait() == 0, limit
+        _assert_same(folder, reference)
+        shutil.rmtree(folder)
