@@ -85,6 +85,18 @@ def test_the_engines_native_blocks_and_its_operators_agree():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "cuda"])
+def test_the_engine_on_a_gpu(backend):
+    model, tokens = packed_llama("4-8-8", seed=3, **GROUPS), random_tokens(4, 1, 12)[0].tolist()
+    expected = all_logits(Engine(model, max_len=16), tokens)
+    with qk.use_backend(backend):
+        got = all_logits(Engine(model.to("cuda"), max_len=16), tokens).cpu()
+    assert (got - expected).abs().max() < 0.2 * expected.abs().max()
+    assert (got.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
 def test_fused_blocks_train_and_serve_the_same_numbers(tmp_path):
     config = QATConfig.parse("4-8-8", kv_mode="serving", **GROUPS)
     model = prepare(tiny_llama(5), config, fused=True).train()
