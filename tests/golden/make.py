@@ -1,11 +1,10 @@
 """Golden vectors of the specification: inputs and the exact outputs of `lq-1`, for any other
 implementation.
 
-`python -m tests.golden.make` rewrites `lq-1.safetensors` from the spec. Do that only together with
-a new
-spec version: the file is the memory of what trained checkpoints mean. Keys are `<case>/in/<name>`
-and
-`<case>/out/<index>`; the arguments that are not tensors are in CASES below.
+`python -m tests.golden.make` adds to `lq-1.safetensors` what is new in CASES, by the spec. What is
+there changes only together with a new spec version: the file is the memory of what trained
+checkpoints mean. Keys are `in/<name>` and `out/<case>/<index>`; the arguments that are not tensors
+are in CASES below.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ def make_inputs() -> dict[str, Tensor]:
         "six": torch.arange(6),
         "even": torch.arange(6) % 2 == 0,
         **_tables(),
+        "multiplier": torch.randint(1, 64, (24, 6), generator=g).to(torch.uint8),
     }
     return inputs
 
@@ -61,6 +61,8 @@ CASES: dict[str, tuple[str, tuple[object, ...]]] = {
     },
     "quantize_bf16_scale": ("quantize", ("@rows_fp32", 4, -1, True)),
     "quantize_groups": ("quantize", ("@rows_fp32", 4, 11)),
+    "quantize_integer_groups": ("quantize_integer_groups", ("@rows_fp32", 4, 11)),
+    "quantize_integer_groups_bf16": ("quantize_integer_groups", ("@rows_bf16", 3, 6)),
     "fake_quantize_bf16": ("fake_quantize", ("@rows_bf16", 8)),
     "pack_int4": ("pack_int4", ("@codes4",)),
     "int_matmul": ("int_matmul", ("@a", "@codes8", 8)),
@@ -73,6 +75,10 @@ CASES: dict[str, tuple[str, tuple[object, ...]]] = {
         ("@a", "@a_scale", "@codes4", "@w_scale", None, 4, -1, BF16),
     ),
     "linear_w4a8": ("quantized_linear", ("@x", "@codes4", "@w_scale", "@bias", 4, 8)),
+    "matmul_integer_groups": (
+        "integer_group_matmul",
+        ("@a", "@a_scale", "@codes4", "@multiplier", "@w_scale", "@bias", 11, FP32),
+    ),
     "rms_norm_quantize": ("rms_norm_quantize", ("@x", "@weight", 1e-5, 8, "@y")),
     "silu_mul_quantize": ("silu_mul_quantize", ("@y", "@x", 8)),
     "rope": ("rope", ("@k", "@cos", "@sin", "@six")),
@@ -90,14 +96,17 @@ def run_case(name: str, inputs: dict[str, Tensor], table: dict | None = None) ->
 
 
 def main() -> None:
-    """Write the file."""
-    from safetensors.torch import save_file
+    """Write the file: what it holds, and what is new."""
+    from safetensors.torch import load_file, save_file
 
-    inputs = make_inputs()
-    tensors = {f"in/{name}": tensor.contiguous() for name, tensor in inputs.items()}
+    stored = load_file(PATH)
+    made = {f"in/{name}": tensor.contiguous() for name, tensor in make_inputs().items()}
+    tensors = {**made, **{name: tensor for name, tensor in stored.items() if name in made}}
+    inputs = {name.removeprefix("in/"): tensor for name, tensor in tensors.items()}
     for name in CASES:
         for index, out in enumerate(run_case(name, inputs)):
-            tensors[f"out/{name}/{index}"] = out.contiguous()
+            key = f"out/{name}/{index}"
+            tensors[key] = stored.get(key, out.contiguous())
     save_file(tensors, PATH, metadata={"spec": "lq-1"})
 
 
