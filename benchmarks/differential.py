@@ -34,6 +34,7 @@ BATCHED = {
     "quantized_matmul": (0, 1),
     "repacked_matmul": (0, 1),
     "repacked_matmul_silu_mul": (0, 1),
+    "repacked_matmul_add": (0, 1, 5),
     "quantized_linear": (0,),
     "qat_linear": (0,),
     "integer_group_matmul": (0, 1),
@@ -43,6 +44,10 @@ BATCHED = {
     "sample": (0, 1, 2, 3),
 }
 """Operator -> its arguments that have a row for each row of the batch."""
+
+
+WIDTH_OF_LAYOUT = {"repacked_matmul": 6, "repacked_matmul_silu_mul": 6, "repacked_matmul_add": 7}
+"""Operators whose argument 2 is a weight of ``repack_weight`` -> which argument is its width."""
 
 
 CACHES = slice(4, 8)
@@ -98,8 +103,8 @@ def call(op: str, args: Args, device: torch.device | None) -> tuple[Tensor, ...]
     moved = [a.to(device) if device is not None and isinstance(a, Tensor) else a for a in args]
     if op == "rope_quantize_append":  # the caches are written in place
         moved[CACHES] = [tensor.clone() for tensor in moved[CACHES]]
-    if op in ("repacked_matmul", "repacked_matmul_silu_mul") and device is not None:
-        moved[2] = ops.repack_weight(moved[2], args[6])
+    if op in WIDTH_OF_LAYOUT and device is not None:
+        moved[2] = ops.repack_weight(moved[2], args[WIDTH_OF_LAYOUT[op]])
     with torch.no_grad():
         result = function(*moved)
     if op == "rope_quantize_append":

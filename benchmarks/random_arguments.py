@@ -164,6 +164,12 @@ def _repacked_matmul(d: Draw, stacked: int = 1) -> Args:
     return a, a_scale, w, scale, bias, w.shape[0], bits, group, dtype
 
 
+def _repacked_matmul_add(d: Draw) -> Args:
+    *product, bias, n, bits, group, dtype = _repacked_matmul(d)
+    residual = d.x(product[0][..., 0].numel(), n, dtype).view(*product[0].shape[:-1], n)
+    return *product, bias, residual, n, bits, group
+
+
 def _quantized_linear(d: Draw) -> Args:
     (columns, group), n, dtype = d.groups(), d.columns(48), d.dtype()
     w, scale, bits, _ = _weight(d, n, columns, group)
@@ -269,6 +275,7 @@ DRAWS: dict[str, Callable[[Draw], Args]] = {
     "quantized_matmul": _quantized_matmul,
     "repacked_matmul": _repacked_matmul,
     "repacked_matmul_silu_mul": lambda d: _repacked_matmul(d, stacked=2),
+    "repacked_matmul_add": _repacked_matmul_add,
     "quantized_linear": _quantized_linear,
     "qat_linear": _qat_linear,
     "qat_matmul": _qat_matmul,

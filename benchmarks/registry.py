@@ -41,6 +41,8 @@ NOT_ON_ITS_OWN = {
     "quantize_integer_groups": "once an optimizer step; the product is integer_group_matmul",
     "repack_weight": "runs once, when a model is loaded",
     "repacked_matmul_silu_mul": "repacked_matmul of a stacked weight and silu_mul in one",
+    "repacked_matmul_add": "repacked_matmul with a residual read where the result is written",
+    "repacked_linear_add": "repacked_linear with a residual read where the result is written",
     "rms_norm": "the first half of rms_norm_quantize",
     "rms_norm_backward": "in rms_norm_quantize_train, forward and backward",
     "silu_mul": "the first half of silu_mul_quantize",

@@ -38,7 +38,9 @@ _requested = "auto"
 LAYOUT_READERS = (
     "repacked_matmul",
     "repacked_matmul_silu_mul",
+    "repacked_matmul_add",
     "repacked_linear",
+    "repacked_linear_add",
     "float_matmul",
 )
 """Operators on weights of ``repack_weight``: only the backend that wrote the layout reads it."""

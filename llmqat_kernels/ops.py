@@ -146,6 +146,24 @@ def _repacked_matmul_silu_mul(
     return a.new_empty((*a.shape[:-1], n // 2), dtype=dtype)
 
 
+def _repacked_matmul_add(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *args: Any,
+) -> Tensor:
+    return _like_first(residual)
+
+
+def _repacked_linear_add(
+    x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, residual: Tensor, *args: Any
+) -> Tensor:
+    return _like_first(residual)
+
+
 def _repacked_linear(
     x: Tensor,
     w: Tensor,
@@ -260,7 +278,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
     "repacked_matmul_silu_mul": _repacked_matmul_silu_mul,
+    "repacked_matmul_add": _repacked_matmul_add,
     "repacked_linear": _repacked_linear,
+    "repacked_linear_add": _repacked_linear_add,
     "float_matmul": _float_matmul,
     "rms_norm": _like_first,
     "rms_norm_quantize": _rms_norm_quantize,

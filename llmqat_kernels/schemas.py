@@ -56,8 +56,16 @@ SCHEMAS: dict[str, str] = {
         "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size,"
         " ScalarType dtype) -> Tensor"
     ),
+    "repacked_matmul_add": (
+        "(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, Tensor residual, int n, int w_bits,"
+        " int group_size) -> Tensor"
+    ),
     "repacked_linear": (
         "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits, int group_size) -> Tensor"
+    ),
+    "repacked_linear_add": (
+        "(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor residual, int n, int w_bits, int group_size)"
+        " -> Tensor"
     ),
     "float_matmul": "(Tensor x, Tensor w, Tensor? bias, int n) -> Tensor",
     # producers: normalisation and activation fused with quantization

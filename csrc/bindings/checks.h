@@ -40,7 +40,8 @@ inline void check_min_dim(const Tensor& t, int64_t dim, const char* name) {
 }
 
 // Expected shape; -1 stands for any size.
-inline void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+template <class Sizes = std::initializer_list<int64_t>>
+void check_shape(const Tensor& t, const Sizes& shape, const char* name) {
   check_dim(t, static_cast<int64_t>(shape.size()), name);
   int64_t i = 0;
   for (int64_t size : shape) {

@@ -1,6 +1,6 @@
-// repack_weight, repacked_matmul(_silu_mul), repacked_linear, quantized_matmul and quantized_linear
-// on CUDA tensors. Row-major weights are repacked on the way: for a test or one prefill, not for
-// decoding.
+// repack_weight, repacked_matmul(_silu_mul, _add), repacked_linear(_add), quantized_matmul and
+// quantized_linear on CUDA tensors. Row-major weights are repacked on the way: for a test or one
+// prefill, not for decoding.
 #include <optional>
 #include <tuple>
 
@@ -96,7 +96,8 @@ Tensor repack_weight(const Tensor& w, int64_t w_bits) {
 // Checks what all products share and runs one. a holds codes, or floats without a_scale.
 Tensor product(const Tensor& a, const std::optional<Tensor>& a_scale, const Packed& w,
                const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t n,
-               ScalarType dtype, bool silu_mul = false) {
+               ScalarType dtype, bool silu_mul = false,
+               const std::optional<Tensor>& residual = std::nullopt) {
   const int64_t k = columns_of(a, "a"), m = rows_of(a);
   STD_TORCH_CHECK(k <= kMaxK, "a: K = ", k, " could overflow int32; at most ", kMaxK);
   check_device(w_scale, a, "w_scale");
@@ -120,6 +121,13 @@ Tensor product(const Tensor& a, const std::optional<Tensor>& a_scale, const Pack
     check_shape(*bias, {n}, "bias");
     b = as_contiguous(*bias);
   }
+  std::optional<Tensor> r;
+  if (residual.has_value()) {
+    check_device(*residual, a, "residual");
+    check_dtype(*residual, dtype, "residual");
+    check_shape(*residual, sizes, "residual");
+    r = as_contiguous(*residual);
+  }
   LlmqatLinear problem{};
   problem.a = codes.const_data_ptr();
   problem.a_scale = sx.has_value() ? data<float>(*sx) : nullptr;
@@ -127,6 +135,7 @@ Tensor product(const Tensor& a, const std::optional<Tensor>& a_scale, const Pack
   problem.w_scale = data<float>(sw);
   problem.bias = b.has_value() ? b->const_data_ptr() : nullptr;
   problem.bias_dtype = b.has_value() ? cuda_dtype(b->scalar_type(), "bias") : LLMQAT_FLOAT32;
+  problem.residual = r.has_value() ? r->const_data_ptr() : nullptr;
   problem.y = y.mutable_data_ptr();
   problem.m = m;
   problem.n = n;
@@ -172,20 +181,28 @@ Packed laid_out(const Tensor& w, const Tensor& a, int64_t n, int64_t k, int64_t 
 
 Tensor repacked(const Tensor& a, const Tensor& a_scale, const Tensor& w, const Tensor& w_scale,
                 const std::optional<Tensor>& bias, int64_t n, int64_t w_bits, int64_t group_size,
-                ScalarType dtype, bool silu_mul) {
+                ScalarType dtype, bool silu_mul = false,
+                const std::optional<Tensor>& residual = std::nullopt) {
   const int64_t k = columns_of(a, "a");
   check_dtype(a, ScalarType::Char, "a");
   check_no_groups(group_size);
   STD_TORCH_CHECK(n >= 0 && (!silu_mul || n % 2 == 0), "n: gates and ups are as many, got ", n);
   const Packed weight = laid_out(w, a, n, k, w_bits);
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  return product(a, a_scale, weight, w_scale, bias, n, dtype, silu_mul);
+  return product(a, a_scale, weight, w_scale, bias, n, dtype, silu_mul, residual);
 }
 
 Tensor repacked_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
                        const Tensor& w_scale, const std::optional<Tensor>& bias, int64_t n,
                        int64_t w_bits, int64_t group_size, ScalarType dtype) {
-  return repacked(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype, false);
+  return repacked(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype);
+}
+
+Tensor repacked_matmul_add(const Tensor& a, const Tensor& a_scale, const Tensor& w,
+                           const Tensor& w_scale, const std::optional<Tensor>& bias,
+                           const Tensor& residual, int64_t n, int64_t w_bits, int64_t group_size) {
+  return repacked(a, a_scale, w, w_scale, bias, n, w_bits, group_size, residual.scalar_type(),
+                  false, residual);
 }
 
 Tensor repacked_matmul_silu_mul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
@@ -194,9 +211,9 @@ Tensor repacked_matmul_silu_mul(const Tensor& a, const Tensor& a_scale, const Te
   return repacked(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype, true);
 }
 
-Tensor repacked_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
-                       const std::optional<Tensor>& bias, int64_t n, int64_t w_bits,
-                       int64_t group_size) {
+Tensor repacked_floats(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                       int64_t n, int64_t w_bits, int64_t group_size) {
   const int64_t k = columns_of(x, "x");
   check_float_dtype(x.scalar_type(), "x");
   check_no_groups(group_size);
@@ -204,7 +221,19 @@ Tensor repacked_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
   STD_TORCH_CHECK(n >= 0, "n: expected the rows of the weight, got ", n);
   const Packed weight = laid_out(w, x, n, k, w_bits);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  return product(x, std::nullopt, weight, w_scale, bias, n, x.scalar_type());
+  return product(x, std::nullopt, weight, w_scale, bias, n, x.scalar_type(), false, residual);
+}
+
+Tensor repacked_linear(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                       const std::optional<Tensor>& bias, int64_t n, int64_t w_bits,
+                       int64_t group_size) {
+  return repacked_floats(x, w, w_scale, bias, std::nullopt, n, w_bits, group_size);
+}
+
+Tensor repacked_linear_add(const Tensor& x, const Tensor& w, const Tensor& w_scale,
+                           const std::optional<Tensor>& bias, const Tensor& residual, int64_t n,
+                           int64_t w_bits, int64_t group_size) {
+  return repacked_floats(x, w, w_scale, bias, residual, n, w_bits, group_size);
 }
 
 Tensor quantized_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& w,
@@ -271,6 +300,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cuda, m) {
       "repacked_linear(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, int n, int w_bits,"
       " int group_size) -> Tensor");
   m.def(
+      "repacked_matmul_add(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, "
+      "Tensor residual, int n, int w_bits, int group_size) -> Tensor");
+  m.def(
+      "repacked_linear_add(Tensor x, Tensor w, Tensor w_scale, Tensor? bias, Tensor residual, int "
+      "n, int w_bits, int group_size) -> Tensor");
+  m.def(
       "quantized_matmul(Tensor a, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, int "
       "w_bits, int group_size, ScalarType dtype) -> Tensor");
   m.def(
@@ -282,7 +317,9 @@ STABLE_TORCH_LIBRARY_IMPL(llmqat_cuda, CUDA, m) {
   m.impl("repack_weight", TORCH_BOX(&llmqat::bindings::repack_weight));
   m.impl("repacked_matmul", TORCH_BOX(&llmqat::bindings::repacked_matmul));
   m.impl("repacked_matmul_silu_mul", TORCH_BOX(&llmqat::bindings::repacked_matmul_silu_mul));
+  m.impl("repacked_matmul_add", TORCH_BOX(&llmqat::bindings::repacked_matmul_add));
   m.impl("repacked_linear", TORCH_BOX(&llmqat::bindings::repacked_linear));
+  m.impl("repacked_linear_add", TORCH_BOX(&llmqat::bindings::repacked_linear_add));
   m.impl("quantized_matmul", TORCH_BOX(&llmqat::bindings::quantized_matmul));
   m.impl("quantized_linear", TORCH_BOX(&llmqat::bindings::quantized_linear));
 }

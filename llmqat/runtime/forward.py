@@ -6,8 +6,8 @@ layout), so a pass is a short list of calls: per block with quantized activation
     rms_norm_quantize(+residual) > qkv > rope_quantize_append > rope(q) > attention_decode
     > quantize > o > rms_norm_quantize(+residual) > gate_up > silu_mul_quantize > down
 
-A backend with kernels for ``attention_decode_quantize`` and ``repacked_matmul_silu_mul`` runs
-those instead; the bits are the same. On the CPU these blocks are one native call (``fused``).
+A backend with kernels for the operators of ``JOINED`` runs those instead; the bits are the same.
+On the CPU these blocks are one native call (``fused``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ OPERATORS = (
     "attention_decode",
 )
 
-JOINED = ("attention_decode_quantize", "repacked_matmul_silu_mul")
+JOINED = (
+    "attention_decode_quantize",
+    "repacked_matmul_silu_mul",
+    "repacked_matmul_add",
+    "repacked_linear_add",
+)
 """Pairs of operators as one, used where a backend has a kernel for it."""
 
 Step = Callable[[Tensor, Tensor | None, Rows], tuple[Tensor, Tensor | None]]
@@ -120,7 +125,7 @@ class Forward:
 
     def _integer_block(
         self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: Rows
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """One block whose linears all take codes; returns the stream and what is to be added to
         it.
         """
@@ -128,17 +133,17 @@ class Forward:
         codes, scale, total = kernels.rms_norm_quantize(
             stream, block.input_norm, block.input_eps, bits, delta
         )
-        if delta is not None:
-            stream = total
+        stream = stream if delta is None else total
         q = self._append(block, cache, self.integer(block.qkv, codes, scale), rows)
         if "attention_decode_quantize" in self._joined:
             codes, scale = self._attend_quantize(cache, q, rows, bits)
         else:
             codes, scale = kernels.quantize(self._attend(cache, q, rows), bits, -1, False)
-        delta = self.integer(block.o, codes, scale)
-        codes, scale, stream = kernels.rms_norm_quantize(
+        stream, delta = self._add_integer(stream, block.o, codes, scale)
+        codes, scale, total = kernels.rms_norm_quantize(
             stream, block.post_norm, block.post_eps, bits, delta
         )
+        stream = stream if delta is None else total
         if "repacked_matmul_silu_mul" in self._joined and block.gate_up.multiplier is None:
             product = self.integer(block.gate_up, codes, scale, kernels.repacked_matmul_silu_mul)
             codes, scale = kernels.quantize(product, bits, -1, False)
@@ -146,21 +151,21 @@ class Forward:
             product = self.integer(block.gate_up, codes, scale)
             gate, up = product.split_with_sizes(self._halves, 1)
             codes, scale = kernels.silu_mul_quantize(gate, up, bits)
-        return stream, self.integer(block.down, codes, scale)
+        return self._add_integer(stream, block.down, codes, scale)
 
     def _float_block(
         self, block: Block, cache: KVCache, stream: Tensor, delta: Tensor | None, rows: Rows
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, None]:
         """One block of which at least one linear takes floats."""
         kernels = self.kernels
         if delta is not None:
             stream = stream + delta
         normed = kernels.rms_norm(stream, block.input_norm, block.input_eps)
         q = self._append(block, cache, self.linear(block.qkv, normed), rows)
-        stream = stream + self.linear(block.o, self._attend(cache, q, rows))
+        stream = self._add(stream, block.o, self._attend(cache, q, rows))
         normed = kernels.rms_norm(stream, block.post_norm, block.post_eps)
         gate, up = self.linear(block.gate_up, normed).split_with_sizes(self._halves, 1)
-        return stream, self.linear(block.down, kernels.silu_mul(gate, up))
+        return self._add(stream, block.down, kernels.silu_mul(gate, up)), None
 
     def _append(self, block: Block, cache: KVCache, qkv: Tensor, rows: Rows) -> Tensor:
         """Write K and V of the rows: qkv [n, (H + 2 Hkv) D] -> rotated queries [n, H, D]."""
@@ -289,10 +294,48 @@ class Forward:
             )
         return self.kernels.float_matmul(x, linear.weight, linear.bias, linear.n)  # type: ignore[no-any-return]
 
+    def _add_integer(
+        self, stream: Tensor, linear: FusedLinear, codes: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream with :meth:`integer` added, or the two for the next norm to add."""
+        if "repacked_matmul_add" not in self._joined or linear.multiplier is not None:
+            return stream, self.integer(linear, codes, scale)
+        total = self.kernels.repacked_matmul_add(
+            codes,
+            scale,
+            linear.weight,
+            linear.scale,
+            linear.bias,
+            stream,
+            linear.n,
+            linear.w_bits,
+            linear.group_size,
+        )
+        return total, None
+
+    def _add(self, stream: Tensor, linear: FusedLinear, x: Tensor) -> Tensor:
+        """The stream plus :meth:`linear`."""
+        if "repacked_linear_add" not in self._joined or linear.integer or linear.scale is None:
+            return stream + self.linear(linear, x)
+        return self.kernels.repacked_linear_add(  # type: ignore[no-any-return]
+            self._input(linear, x),
+            linear.weight,
+            linear.scale,
+            linear.bias,
+            stream,
+            linear.n,
+            linear.w_bits,
+            linear.group_size,
+        )
+
+    def _input(self, linear: FusedLinear, x: Tensor) -> Tensor:
+        """What a float product multiplies: x, fake-quantized for a weight that is not."""
+        if linear.a_bits >= 16:
+            return x
+        return self.kernels.fake_quantize(x, linear.a_bits, -1, None, False)  # type: ignore[no-any-return]
+
     def linear(self, linear: FusedLinear, x: Tensor) -> Tensor:
         """Any linear on float input."""
         if linear.integer:
             return self.integer(linear, *self.kernels.quantize(x, linear.a_bits, -1, False))
-        if linear.a_bits < 16:
-            x = self.kernels.fake_quantize(x, linear.a_bits, -1, None, False)
-        return self.float(linear, x)
+        return self.float(linear, self._input(linear, x))

@@ -51,6 +51,8 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "repacked_matmul_silu_mul": _composed(
         linear.repacked_matmul_silu_mul, "repacked_matmul", "silu_mul"
     ),
+    "repacked_matmul_add": _composed(linear.repacked_matmul_add, "repacked_matmul"),
+    "repacked_linear_add": _composed(linear.repacked_linear_add, "repacked_linear"),
     "float_matmul": float_matmul,
     "rms_norm_quantize_train": _composed(
         norm.rms_norm_quantize_train, "rms_norm_quantize", "rms_norm"

@@ -21,7 +21,9 @@ from .linears import (
     quantized_linear,
     repack_weight,
     repacked_linear,
+    repacked_linear_add,
     repacked_matmul,
+    repacked_matmul_add,
     repacked_matmul_silu_mul,
 )
 from .producers import (
@@ -64,7 +66,9 @@ __all__ = [
     "quantized_linear",
     "repack_weight",
     "repacked_linear",
+    "repacked_linear_add",
     "repacked_matmul",
+    "repacked_matmul_add",
     "repacked_matmul_silu_mul",
     "rms_norm",
     "rms_norm_quantize",

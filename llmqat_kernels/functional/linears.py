@@ -182,6 +182,48 @@ def repacked_matmul_silu_mul(
     return ops.repacked_matmul_silu_mul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
 
 
+def repacked_matmul_add(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    n: int,
+    w_bits: int,
+    group_size: int = -1,
+) -> Tensor:
+    """``residual`` [..., n] plus :func:`repacked_matmul` in its dtype -> [..., n], the same bits as
+    in two steps (spec 7).
+
+    Raises:
+        InvalidArgument: shapes or dtypes that do not fit.
+    """
+    _check_repacked(a, a_scale, w_scale, bias, n, group_size)
+    check_tensor("residual", residual, FLOAT_DTYPES)
+    check_shape("residual", residual, (*a.shape[:-1], n))
+    return ops.repacked_matmul_add(a, a_scale, w, w_scale, bias, residual, n, w_bits, group_size)
+
+
+def _check_repacked_linear(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    w_bits: int,
+    group_size: int,
+) -> None:
+    check_tensor("x", x, FLOAT_DTYPES)
+    check_bits("w_bits", w_bits)
+    check_tensor("w_scale", w_scale, (torch.float32,))
+    check_group_size(x.shape[-1], group_size)
+    check_shape("w_scale", w_scale, scale_shape((n,), x.shape[-1], group_size))
+    check_bias(bias, n)
+    check_same_device(x=x, w=w, w_scale=w_scale, bias=bias)
+
+
 def repacked_linear(
     x: Tensor,
     w: Tensor,
@@ -207,14 +249,31 @@ def repacked_linear(
         InvalidArgument: shapes or dtypes that do not fit. RuntimeError: ``w`` is no such weight of
             the backend in use, or its kernel does not take this x, width or group size.
     """
-    check_tensor("x", x, FLOAT_DTYPES)
-    check_bits("w_bits", w_bits)
-    check_tensor("w_scale", w_scale, (torch.float32,))
-    check_group_size(x.shape[-1], group_size)
-    check_shape("w_scale", w_scale, scale_shape((n,), x.shape[-1], group_size))
-    check_bias(bias, n)
-    check_same_device(x=x, w=w, w_scale=w_scale, bias=bias)
+    _check_repacked_linear(x, w, w_scale, bias, n, w_bits, group_size)
     return ops.repacked_linear(x, w, w_scale, bias, n, w_bits, group_size)
+
+
+def repacked_linear_add(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    n: int,
+    w_bits: int,
+    group_size: int = -1,
+) -> Tensor:
+    """``residual`` [..., n] in x's dtype plus :func:`repacked_linear` -> [..., n], the same bits as
+    in two steps (spec 7).
+
+    Raises:
+        InvalidArgument: shapes or dtypes that do not fit. RuntimeError: as there.
+    """
+    _check_repacked_linear(x, w, w_scale, bias, n, w_bits, group_size)
+    check_tensor("residual", residual, (x.dtype,))
+    check_shape("residual", residual, (*x.shape[:-1], n))
+    return ops.repacked_linear_add(x, w, w_scale, bias, residual, n, w_bits, group_size)
 
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) -> Tensor:

@@ -231,6 +231,23 @@ def repacked_matmul_silu_mul(
     return silu_mul(gate, up)
 
 
+def repacked_matmul_add(
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    n: int,
+    w_bits: int,
+    group_size: int,
+    repacked_matmul: Callable[..., Tensor] = repacked_matmul,
+) -> Tensor:
+    """``residual`` [..., n] plus ``repacked_matmul`` in its dtype (spec 7)."""
+    y = repacked_matmul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, residual.dtype)
+    return residual + y
+
+
 def repacked_linear(
     x: Tensor,
     w: Tensor,
@@ -242,6 +259,21 @@ def repacked_linear(
 ) -> Tensor:
     """The A16 form of ``quantized_linear`` on a weight laid out by ``repack_weight`` (spec 7)."""
     return quantized_linear(x, w, w_scale, bias, w_bits, 16, group_size)
+
+
+def repacked_linear_add(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    n: int,
+    w_bits: int,
+    group_size: int,
+    repacked_linear: Callable[..., Tensor] = repacked_linear,
+) -> Tensor:
+    """``residual`` [..., n] in x's dtype plus ``repacked_linear`` (spec 7)."""
+    return residual + repacked_linear(x, w, w_scale, bias, n, w_bits, group_size)
 
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None, n: int) -> Tensor:

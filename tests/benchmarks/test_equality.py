@@ -18,6 +18,7 @@ FLOAT_OPS = {
     "qat_matmul_backward_input",
     "qat_matmul_backward_weight",
     "repacked_linear",
+    "repacked_linear_add",
     "float_matmul",
     "rms_norm_backward",
     "silu_mul_backward",

@@ -79,8 +79,17 @@ def _silu_mul(*args):
     return _repacked_matmul(*args, silu_mul=True)
 
 
+def _repacked_matmul_add(a, a_scale, packed, w_scale, bias, residual, n, bits, group_size):
+    options = {"bias": bias, "residual": residual}
+    return _product(a, a_scale, packed, w_scale, residual.dtype, bits <= 4, **options)
+
+
 def _repacked_linear(x, packed, w_scale, bias, n, bits, group_size):
     return _product(x, None, packed, w_scale, x.dtype, True, bias=bias)
+
+
+def _repacked_linear_add(x, packed, w_scale, bias, residual, n, bits, group_size):
+    return _product(x, None, packed, w_scale, x.dtype, True, bias=bias, residual=residual)
 
 
 def _quantized_matmul(a, a_scale, w, w_scale, bias, bits, group_size, dtype):
@@ -131,7 +140,9 @@ RUN: dict[str, Callable[..., Any]] = {
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
     "repacked_matmul_silu_mul": _silu_mul,
+    "repacked_matmul_add": _repacked_matmul_add,
     "repacked_linear": _repacked_linear,
+    "repacked_linear_add": _repacked_linear_add,
     "quantized_matmul": _quantized_matmul,
     "quantized_linear": _quantized_linear,
     "integer_group_matmul": _integer_groups,

@@ -101,6 +101,22 @@ def repacked_matmul_silu_mul() -> Iterator[Case]:
             )
 
 
+def repacked_matmul_add() -> Iterator[Case]:
+    n, k = CUT
+    for bits in (4, 8):
+        for m, dtype in ((9, torch.bfloat16), (65, torch.float32), (2, torch.float16)):
+            codes, scale = _codes(n, k, bits)
+            a, a_scale = qk.quantize(torch.randn(m, k), 8)
+            residual = torch.randn(m, n).to(dtype)
+            bias = torch.randn(n) if m == 9 else None
+            yield Case(
+                (a, a_scale, layout(codes, bits == 4), scale, bias, residual, n, bits, -1),
+                lambda given=(a, a_scale, codes, scale, bias, residual, n, bits, -1): REFERENCE[
+                    "repacked_matmul_add"
+                ](*given),
+            )
+
+
 def _float(m: int, size: tuple[int, int], dtype: torch.dtype, small: bool = True) -> Case:
     """A call of repacked_linear."""
     n, k = size
@@ -124,6 +140,19 @@ def repacked_linear() -> Iterator[Case]:
             yield _float(m, size, dtype)
     for m in (1, 24, 65):
         yield _float(m, LARGE_SPLIT, torch.bfloat16, small=False)
+
+
+def repacked_linear_add() -> Iterator[Case]:
+    for dtype in HALVES:
+        for m, size in ((9, SPLIT), (65, WHOLE), (3, ODD)):
+            product = _float(m, size, dtype)
+            *args, n, bits, group_size = product.args
+            residual = torch.randn(m, n).to(dtype)
+            yield Case(
+                (*args, residual, n, bits, group_size),
+                lambda r=residual, product=product: r + product.want(),
+                LIMIT,
+            )
 
 
 def quantized_matmul() -> Iterator[Case]:

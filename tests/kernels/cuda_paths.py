@@ -94,6 +94,16 @@ def _silu_mul(case: Case, sms: int) -> Paths:
     return {f"silu {path}" for path in _repacked_matmul(case, sms)}
 
 
+def _repacked_matmul_add(case: Case, sms: int) -> Paths:
+    a, residual, n, bits = case.args[0], *case.args[5:8]
+    return {f"sum {NAMES[residual.dtype]}"} | _product(len(a), n, a.shape[-1], bits <= 4, sms)
+
+
+def _repacked_linear_add(case: Case, sms: int) -> Paths:
+    x, n = case.args[0], case.args[5]
+    return _product(len(x), n, x.shape[-1], True, sms, x.dtype)
+
+
 def _repacked_linear(case: Case, sms: int) -> Paths:
     x, n = case.args[0], case.args[4]
     return _product(len(x), n, x.shape[-1], True, sms, x.dtype)
@@ -215,7 +225,9 @@ PATHS: dict[str, Callable[[Case, int], Paths]] = {
     "repack_weight": _repack_weight,
     "repacked_matmul": _repacked_matmul,
     "repacked_matmul_silu_mul": _silu_mul,
+    "repacked_matmul_add": _repacked_matmul_add,
     "repacked_linear": _repacked_linear,
+    "repacked_linear_add": _repacked_linear_add,
     "quantized_matmul": _quantized_matmul,
     "quantized_linear": _quantized_linear,
     "integer_group_matmul": _integer_groups,

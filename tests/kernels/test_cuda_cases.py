@@ -84,7 +84,12 @@ SMALL = {
     "repacked_matmul": LINEAR,
     "repacked_matmul_silu_mul": each(("silu to ",), FLOATS)
     | each(("silu W4 ", "silu W8 "), ("x1", "x2", "x4"), (": shared tile", ": next tile")),
+    "repacked_matmul_add": each(("sum ",), FLOATS)
+    | each(("W4 ", "W8 "), ("x1", "x2", "x8"), (": shared tile",))
+    | {"two launches"},
     "repacked_linear": FLOAT_LINEAR,
+    "repacked_linear_add": each(("bf16 ", "fp16 "), ("x2: split", "x8: whole"))
+    | {"two launches", "rows of no whole 16 bytes"},
     "quantized_matmul": {"w int4", "w int8", "W4 x4: next tile", "W8 x4: next tile"},
     "quantized_linear": each(("a8 ", "a16 "), ("w int4", "w int8")) | {"bf16 x1: two tiles"},
     "integer_group_matmul": GROUPS | {"any layout", "two token tiles", "two channel tiles"},

@@ -13,7 +13,8 @@ from tests.kernels.cuda_cases import CASES, cases, operators, run
 on_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 GRAPHS = (
-    "integer_group_matmul", "repacked_linear", "repacked_matmul", "repacked_matmul_silu_mul",
+    "integer_group_matmul", "repacked_linear", "repacked_linear_add", "repacked_matmul",
+    "repacked_matmul_add", "repacked_matmul_silu_mul",
     "attention_decode", "attention_decode_quantize",
 )  # fmt: skip
 """Operators whose blocks of threads wait for each other by tickets, or whose splits are added."""
@@ -28,7 +29,10 @@ def test_every_cuda_operator_has_cases():
 def test_the_linears_come_with_nvcc():
     if not operators():
         pytest.skip("the native library has no CUDA operators: built without nvcc")
-    linears = {"repack_weight", "repacked_matmul", "repacked_matmul_silu_mul", "repacked_linear"}
+    linears = {
+        "repack_weight", "repacked_matmul", "repacked_matmul_silu_mul", "repacked_matmul_add",
+        "repacked_linear", "repacked_linear_add",
+    }  # fmt: skip
     assert linears | {"quantized_matmul", "quantized_linear"} <= set(operators())
     for op in linears:
         assert dispatch.resolve(op, "cuda", "cuda").backend == "cuda"

@@ -128,6 +128,21 @@ def _repacked_matmul_silu_mul():
     yield a, a_scale, qk.repack_weight(codes, 4), scale, None, 6, 4, -1, torch.bfloat16
 
 
+def _repacked_matmul_add():
+    for dtype in (torch.float32, torch.bfloat16):
+        a, a_scale = qk.quantize(torch.randn(2, 3, 16), 8)
+        codes, scale = _linear()
+        residual = torch.randn(2, 3, 6, dtype=dtype)
+        yield a, a_scale, qk.repack_weight(codes, 4), scale, None, residual, 6, 4, -1
+
+
+def _repacked_linear_add():
+    codes, scale = _linear(bits=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, residual = torch.randn(2, 3, 16, dtype=dtype), torch.randn(2, 3, 6, dtype=dtype)
+        yield x, qk.repack_weight(codes, 4), scale, torch.randn(6), residual, 6, 4, -1
+
+
 def _repacked_linear():
     for bits in (4, 8):
         codes, scale = _linear(bits=bits)

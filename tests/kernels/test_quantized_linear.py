@@ -92,6 +92,41 @@ def test_stacked_gate_and_up_equal_two_steps(backend, dtype):
         qk.repacked_matmul_silu_mul(a, a_scale, w, torch.ones(7), n=7, w_bits=8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_is_added_to_the_rounded_product(backend, dtype):
+    for m, n, k, w_bits, group_size in ((3, 22, 33, 4, -1), (2, 34, 64, 8, -1), (2, 8, 64, 4, 32)):
+        x, residual = (torch.randn(m, c, generator=generator(c)).to(dtype) for c in (k, n))
+        a, a_scale = qk.quantize(x, 8)
+        w, scale = weights(n, k, w_bits, group_size)
+        bias = torch.randn(n, generator=generator(1)).to(dtype)
+        layout, kind = qk.repack_weight(w, w_bits), (w_bits, group_size)
+        y = spec.quantized_matmul(a, a_scale, w, scale, bias, *kind, dtype)
+        options = {"n": n, "w_bits": w_bits, "group_size": group_size, "residual": residual}
+        got = qk.repacked_matmul_add(a, a_scale, layout, scale, bias, **options)
+        assert_same_bits(got, (y.float() + residual.float()).to(dtype))
+        y = spec.repacked_linear(x, w, scale, bias, n, *kind)
+        del options["residual"]
+        plain = qk.repacked_linear(x, layout, scale, bias, **options)
+        got = qk.repacked_linear_add(x, layout, scale, bias, residual=residual, **options)
+        assert_same_bits(got, (plain.float() + residual.float()).to(dtype))
+
+
+def test_a_residual_that_does_not_fit_is_refused():
+    a, a_scale = qk.quantize(torch.randn(3, 16), 8)
+    w, scale = weights(6, 16, 4)
+    layout, options = qk.repack_weight(w, 4), {"n": 6, "w_bits": 4}
+    for residual in (torch.randn(3, 7), torch.randn(6)):
+        with pytest.raises(qk.InvalidArgument, match="residual"):
+            qk.repacked_matmul_add(a, a_scale, layout, scale, residual=residual, **options)
+    with pytest.raises(qk.InvalidArgumentType, match="residual"):
+        qk.repacked_matmul_add(
+            a, a_scale, layout, scale, residual=torch.ones(3, 6, dtype=torch.int32), **options
+        )
+    with pytest.raises(qk.InvalidArgumentType, match="residual"):  # not of x's dtype
+        residual = torch.randn(3, 6, dtype=torch.float16)
+        qk.repacked_linear_add(torch.randn(3, 16), layout, scale, residual=residual, **options)
+
+
 @pytest.mark.parametrize("k", [1, 31, 33, 1040, 1041, 4096, 11008, 28672])
 @pytest.mark.parametrize("w_bits", [4, 8])
 def test_worst_case_accumulators(backend, k, w_bits):

@@ -9,8 +9,9 @@ from llmqat_kernels.backends import triton
 EVERY = (*OPERATORS, *JOINED, "sample", "repack_weight")
 CUDA_ONLY = {"attention_decode_quantize"}
 CUDA_FIRST = CUDA_ONLY | {
-    "quantize", "repack_weight", "repacked_matmul", "repacked_matmul_silu_mul", "repacked_linear",
-    "rope_quantize_append", "attention_decode", "float_matmul", "integer_group_matmul",
+    "quantize", "repack_weight", "repacked_matmul", "repacked_matmul_silu_mul",
+    "repacked_matmul_add", "repacked_linear", "repacked_linear_add", "rope_quantize_append",
+    "attention_decode", "float_matmul", "integer_group_matmul",
 }  # fmt: skip
 
 

@@ -151,7 +151,13 @@ def the_engine_by_triton():
 @flow
 def the_engine_by_cuda():
     same_tokens(packed("4-8-8"), backend="cuda")
-    ran("llmqat_cuda::repacked_matmul_silu_mul")
+    ran("llmqat_cuda::repacked_matmul_silu_mul", "llmqat_cuda::repacked_matmul_add")
+
+
+@flow
+def the_engine_by_cuda_on_float_activations():
+    same_tokens(packed("4-16-16").to(torch.bfloat16), backend="cuda")
+    ran("llmqat_cuda::repacked_linear_add")
 
 
 @flow
