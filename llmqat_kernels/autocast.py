@@ -11,6 +11,8 @@ def autocast_input(x: Tensor) -> Tensor:
     autocast.
     """
     device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # meta
+        return x
     if x.is_floating_point() and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x

@@ -34,6 +34,12 @@ def check_tensor(
         )
 
 
+def check_output_dtype(dtype: object) -> None:
+    """``dtype`` must be one that results can have."""
+    if dtype not in FLOAT_DTYPES:
+        raise InvalidArgument(f"dtype: {dtype} is not supported; use float32, float16 or bfloat16")
+
+
 def check_bits(name: str, bits: object, extra: tuple[int, ...] = ()) -> int:
     """``bits`` must be an int of 2..8 (or one of ``extra``)."""
     if isinstance(bits, bool) or not isinstance(bits, int):

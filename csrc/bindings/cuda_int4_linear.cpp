@@ -39,10 +39,11 @@ Tensor integer_group_matmul(const Tensor& a_, const Tensor& a_scale, const Tenso
   p.a_packed = is_packed(a_, "a");
   p.w_packed = is_packed(w_, "w");
   p.n = w_.size(0);
+  STD_TORCH_CHECK(multiplier.size(1) <= kMaxIntegerGroupK / group_size,
+                  "w_multiplier: ", multiplier.size(1), " groups of ", group_size,
+                  " could overflow int32; at most K = ", kMaxIntegerGroupK);
   p.k = multiplier.size(1) * group_size;
   p.group_size = group_size;
-  STD_TORCH_CHECK(p.k <= kMaxIntegerGroupK, "a: K = ", p.k, " could overflow int32; at most ",
-                  kMaxIntegerGroupK);
   const int64_t packed_k = (p.k + 1) / 2, a_columns = p.a_packed ? packed_k : p.k;
   STD_TORCH_CHECK(a_.size(a_.dim() - 1) == a_columns, "a: expected ", a_columns, " columns for ",
                   p.k, " features in groups of ", group_size, ", got ", a_.size(a_.dim() - 1));

@@ -83,8 +83,8 @@ inline Tensor group_multiplier(const Tensor& w_multiplier, int64_t group_size) {
   check_dim(w_multiplier, 2, "w_multiplier");
   STD_TORCH_CHECK(group_size > 0, "group_size: expected a positive size, got ", group_size);
   STD_TORCH_CHECK(w_multiplier.size(1) <= kMaxIntegerGroupK / group_size,
-                  "w_multiplier: K = ", w_multiplier.size(1) * group_size,
-                  " could overflow int32; at most ", kMaxIntegerGroupK);
+                  "w_multiplier: ", w_multiplier.size(1), " groups of ", group_size,
+                  " could overflow int32; at most K = ", kMaxIntegerGroupK);
   return as_contiguous(w_multiplier);
 }
 

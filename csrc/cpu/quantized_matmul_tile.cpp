@@ -27,13 +27,19 @@ LLMQAT_BODY void scale_body(const int32_t* acc, int64_t ld, int rows, int cols, 
   }
 }
 
+// sum + a * b modulo 2^32: codes or multipliers out of range (spec 18) wrap, with any instructions.
+LLMQAT_BODY int32_t wrapped(int32_t a, int32_t b, int32_t sum) {
+  return static_cast<int32_t>(static_cast<uint32_t>(sum) +
+                              static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
+}
+
 LLMQAT_BODY void weigh_body(const int32_t* acc, int64_t ld, int rows, int cols,
                             const int32_t* multiplier, bool first, int32_t* out) {
   for (int r = 0; r < rows; ++r, acc += ld, out += ld) {
     if (first) {
-      for (int c = 0; c < cols; ++c) out[c] = acc[c] * multiplier[c];
+      for (int c = 0; c < cols; ++c) out[c] = wrapped(acc[c], multiplier[c], 0);
     } else {
-      for (int c = 0; c < cols; ++c) out[c] += acc[c] * multiplier[c];
+      for (int c = 0; c < cols; ++c) out[c] = wrapped(acc[c], multiplier[c], out[c]);
     }
   }
 }

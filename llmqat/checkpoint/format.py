@@ -18,7 +18,7 @@ from llmqat.checkpoint.validate import TensorInfo
 from llmqat.config import QATConfig
 from llmqat.errors import CheckpointError
 from llmqat.nn.linear import INPUT_SCALE
-from llmqat_kernels.spec.quantize import group_scales, qmax, split_group_scales
+from llmqat_kernels.spec.quantize import are_integer_scales, qmax
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -257,8 +257,11 @@ def decode_linear(
         raise CheckpointError(
             f"{where}.weight_scale: a scale is not finite and positive; write the checkpoint again"
         )
-    if shape.integer_scales:
-        _check_integer_scales(scale, where)
+    if shape.integer_scales and not are_integer_scales(scale):
+        raise CheckpointError(
+            f"{where}.weight_scale: not whole multiples of one bfloat16 number a row, the largest"
+            " 63, as weight_scale_dtype 'integer' says; write the checkpoint again"
+        )
     if shape.group_size == -1:
         scale = scale.squeeze(-1)
     codes = _decode_words(tensors, shape, where) if shape.packed else tensors["weight"]
@@ -269,16 +272,6 @@ def decode_linear(
                 f"{where}.weight: a code is outside [-{limit}, {limit}]; write the checkpoint again"
             )
     return codes, scale
-
-
-def _check_integer_scales(scales: Tensor, where: str) -> None:
-    multiplier, scale = split_group_scales(scales)
-    exact = torch.equal(scale.to(torch.bfloat16).to(torch.float32), scale)
-    if not exact or not torch.equal(group_scales(scale, multiplier), scales):
-        raise CheckpointError(
-            f"{where}.weight_scale: not whole multiples (at most 63) of one bfloat16 number a row,"
-            " as weight_scale_dtype 'integer' says; write the checkpoint again"
-        )
 
 
 def _decode_words(tensors: Mapping[str, Tensor], shape: LinearShape, where: str) -> Tensor:

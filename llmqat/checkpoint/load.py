@@ -361,7 +361,9 @@ def _read_model(
                 )
                 shape = linear_shape(checkpoint.arch, short, packed)
                 codes, scale = decode_linear(
-                    {key: read(f"{name}.{key}") for key in keys}, shape, name
+                    {key: read(f"{name}.{key}") for key in keys},
+                    shape,
+                    f"{checkpoint.folder / checkpoint.files[f'{name}.weight_scale']}: {name}",
                 )
                 taken.update(f"{name}.{key}" for key in keys)
                 buffers = zip(BUFFERS, (codes, *held_scales(scale, packed.weight)), strict=True)

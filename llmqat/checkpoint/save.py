@@ -35,6 +35,7 @@ from llmqat.checkpoint.format import (
     MANIFEST,
     SINGLE,
     TORCH_DTYPES,
+    decode_linear,
     encode_linear,
     expected_tensors,
     is_learned_scale,
@@ -187,6 +188,10 @@ def _packed_tensors(model: nn.Module, arch: Architecture, packed: QATConfig) -> 
             )
         shape = linear_shape(arch, short, packed)
         encoded = encode_linear(module.weight_codes.cpu(), module.scales.cpu(), shape)
+        try:
+            decode_linear(encoded, shape, name)
+        except CheckpointError as error:  # what the loader would refuse, before anything is written
+            raise ConfigError(f"model: cannot be saved, {error}") from error
         result.update({f"{name}.{key}": tensor for key, tensor in encoded.items()})
     return result
 

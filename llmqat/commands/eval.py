@@ -37,7 +37,12 @@ def run(arguments: EvalArguments, quantization: QuantArguments) -> None:
 
 def _stage(result: dict[str, Any]) -> str:
     rank = result.get("rank")
-    return str(result["stage"]) + ("" if rank is None else f" with rank {rank}")
+    groups = (
+        ""
+        if result["group_size"] in (None, -1)
+        else f", groups of {result['group_size']}, {result['weight_scale_dtype']} scales"
+    )
+    return str(result["stage"]) + ("" if rank is None else f" with rank {rank}") + groups
 
 
 def _text_line(result: dict[str, Any], text: dict[str, Any]) -> str:

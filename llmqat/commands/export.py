@@ -41,15 +41,18 @@ class ExportArguments:
         default=None,
         metadata={"help": "W-A-KV such as 4-8-8: round a plain model to nearest, untrained."},
     )
-    kv_mode: str = field(default="paper", metadata={"help": "With --bits: paper or serving."})
-    group_size: int = field(
-        default=-1, metadata={"help": "With --bits: columns that share a scale; -1 a row."}
+    kv_mode: str | None = field(
+        default=None, metadata={"help": "With --bits: paper (the default) or serving."}
     )
-    weight_scale_dtype: str = field(
-        default="bfloat16",
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "With --bits: columns that share a scale; -1 (the default) a row."},
+    )
+    weight_scale_dtype: str | None = field(
+        default=None,
         metadata={
-            "help": "With --bits: bfloat16, float32, or integer (groups: whole multiples of a row's"
-            " scale)."
+            "help": "With --bits: bfloat16 (the default), float32, or integer (groups: whole"
+            " multiples of a row's scale)."
         },
     )
     released: bool = field(
@@ -69,22 +72,26 @@ class ExportArguments:
 ARGUMENTS = (ExportArguments,)
 
 
+def _requested(a: ExportArguments) -> QATConfig | None:
+    """The setting of a plain model; options without one are an error."""
+    names = ("kv_mode", "group_size", "weight_scale_dtype")
+    options = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
+    if a.bits is not None:
+        return QATConfig.parse(a.bits, **options)
+    for name in options:
+        raise ConfigError(
+            f"--{name.replace('_', '-')}: needs --bits; a prepared model has its setting already"
+        )
+    return None
+
+
 def run(arguments: ExportArguments) -> None:
     """Load, convert, save, and verify if asked; prints the sizes."""
     a = arguments
     if Path(a.output).resolve() == Path(a.model).resolve():
         raise ConfigError(f"output: {a.output} is the model's own folder; name another one")
     dtype = None if a.dtype is None else parse_dtype(a.dtype)
-    requested = (
-        None
-        if a.bits is None
-        else QATConfig.parse(
-            a.bits,
-            kv_mode=a.kv_mode,
-            group_size=a.group_size,
-            weight_scale_dtype=a.weight_scale_dtype,
-        )
-    )
+    requested = _requested(a)
     model = load_model(a.model, dtype=None, device=parse_device(a.device))
     state = state_of(model)
     if state is not None and state.stage == PACKED:

@@ -134,8 +134,10 @@ def quantize(arguments: QuantizeArguments, config: QATConfig | None) -> dict[str
         "output": a.output,
         "method": a.method,
         "setting": config.setting if config is not None else None,
-        "kv_mode": config.kv_mode if config is not None else None,
-        "group_size": config.group_size if config is not None else None,
+        **{
+            name: getattr(config, name) if config is not None else None
+            for name in ("kv_mode", "group_size", "weight_scale_dtype")
+        },
         "options": a.method_options(a.method),
         "calibration": None
         if tokens is None

@@ -55,7 +55,10 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
     result: dict[str, Any] = {
         "model": a.model,
         "setting": loaded.config.setting if loaded.config is not None else OFF,
-        "kv_mode": loaded.config.kv_mode if loaded.config is not None else None,
+        **{
+            name: getattr(loaded.config, name) if loaded.config is not None else None
+            for name in ("kv_mode", "group_size", "weight_scale_dtype")
+        },
         "stage": loaded.stage,
         "method": a.method,
         "dtype": a.dtype,

@@ -35,8 +35,8 @@ COLUMNS = (
     *(f"{PERPLEXITY}{text}" for text in ("c4", "wikitext2")), *ZERO_SHOT, "average", *FEW_SHOT,
 )  # fmt: skip
 QUANT_FIELDS = (
-    "w_quantizer", "a_quantizer", "kv_quantizer", "numerics", "group_size", "a_group_size",
-    "a_group_axis", "ste_clip",
+    "w_quantizer", "a_quantizer", "kv_quantizer", "numerics", "group_size", "weight_scale_dtype",
+    "a_group_size", "a_group_axis", "ste_clip",
 )  # fmt: skip
 KINDS = ("table", "figure")
 

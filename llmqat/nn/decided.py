@@ -20,6 +20,9 @@ class DecidedLinear(QATLinear):
 
         Args:
             codes: int8 [N, K] in [-qmax, qmax]. scale: fp32 [N] or [N, K / group_size].
+
+        Raises:
+            ConfigError: integer scales are asked for, and `scale` has others.
         """
         packed = QuantizedLinear.from_codes(codes, scale, linear.spec, bias=linear.bias)
         linear.__class__ = cls

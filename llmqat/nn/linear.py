@@ -23,6 +23,7 @@ from llmqat.config import QATConfig, QuantSpec
 from llmqat.errors import ConfigError
 from llmqat.nn.quantizers import SCALE_DTYPES, fake_quantize
 from llmqat_kernels import nn as qnn
+from llmqat_kernels.checks import check_integer_scales
 
 INPUT_SCALE = "input_scale"
 """The learned scale of a linear whose activation quantizer is `lsq`: a parameter, fp32 [1], 0 until
@@ -103,6 +104,18 @@ def quantize_output(y: Tensor, spec: LinearSpec) -> Tensor:
     return fake_quantize(y, spec.output, ste_clip=spec.ste_clip)
 
 
+def _check_integer_scales(in_features: int, spec: LinearSpec) -> None:
+    if not spec.is_integer:
+        raise ConfigError(
+            "weight_scale_dtype: integer scales need a product of codes; quantize the inputs too,"
+            " or use 'bfloat16'"
+        )
+    try:
+        check_integer_scales(in_features, spec.weight.bits, spec.weight.group_size)
+    except qk.InvalidArgument as error:
+        raise ConfigError(str(error)) from error
+
+
 class QATLinear(qnn.QATLinear):
     """The trained linear of `llmqat_kernels.nn`, with every setting of the method (spec 6, 7) and
     of its comparisons (spec 20-24): weights or activations left in floats, quantizers without an
@@ -124,7 +137,8 @@ class QATLinear(qnn.QATLinear):
         `input_scale` where there is a learned scale).
 
         Raises:
-            ConfigError: not exactly an `nn.Linear`, or a group size does not divide its columns.
+            ConfigError: not exactly an `nn.Linear`, a group size does not divide its columns, or
+                integer scales without what they need (spec 18).
         """
         if type(linear) is not cls.PLAIN:
             raise ConfigError(
@@ -136,6 +150,8 @@ class QATLinear(qnn.QATLinear):
                 raise ConfigError(
                     f"{name}: {group} does not divide the {linear.in_features} input columns"
                 )
+        if spec.weight.integer_scales:
+            _check_integer_scales(linear.in_features, spec)
         adopted = qnn.become(linear, cls, spec=spec, _weight_codes=qnn.WeightCodes())
         if spec.learns_scale:
             adopted._scale_is_set = False
@@ -166,7 +182,12 @@ class QATLinear(qnn.QATLinear):
         return F.linear(x, weight, self.bias)
 
     def fake_quantized_weight(self, dtype: torch.dtype) -> Tensor:
-        """The values [N, K] of the weight on its grid, in `dtype`; carries the gradient."""
+        """The values [N, K] of the weight on its grid, in `dtype`; carries the gradient (integer
+        scales have none here: training multiplies their codes).
+
+        Raises:
+            ConfigError: integer scales, and autograd would follow the weight.
+        """
         spec, weight = self.spec, self.weight
         if not spec.weight.enabled:
             return weight

@@ -12,7 +12,8 @@ from llmqat.config import QuantSpec
 from llmqat.errors import ConfigError
 from llmqat.nn.linear import LinearSpec, QATLinear, quantize_output
 from llmqat_kernels import nn as qnn
-from llmqat_kernels.spec.quantize import group_scales, split_group_scales
+from llmqat_kernels.checks import check_same_device
+from llmqat_kernels.spec.quantize import are_integer_scales, group_scales, split_group_scales
 
 BUFFERS = ("weight_codes", "weight_scale", "weight_multiplier")
 
@@ -20,9 +21,17 @@ BUFFERS = ("weight_codes", "weight_scale", "weight_multiplier")
 def held_scales(scales: Tensor, weight: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """What a packed linear holds of scales fp32 [N] or [N, groups]: `weight_scale`, and
     `weight_multiplier` if there is one.
+
+    Raises:
+        ConfigError: `weight` has integer scales, and these are none.
     """
     if not weight.integer_scales:
         return scales, None
+    if not are_integer_scales(scales):
+        raise ConfigError(
+            "scale: not whole multiples of one bfloat16 number a row, the largest 63, as integer"
+            " scales are; take those of quantize_integer_groups"
+        )
     multiplier, scale = split_group_scales(scales)
     return scale, multiplier
 
@@ -68,6 +77,9 @@ class QuantizedLinear(nn.Module):
     ) -> QuantizedLinear:
         """From int8 codes [N, K] and scales fp32 [N] or [N, groups]; 4-bit codes are packed, two a
         byte.
+
+        Raises:
+            ConfigError: integer scales are asked for, and `scale` has others.
         """
         n, k = codes.shape
         stored = qk.pack_int4(codes) if spec.weight.bits == 4 else codes
@@ -188,6 +200,11 @@ class QuantizedLinear(nn.Module):
         """The product of codes; like that of floats it has no gradient, and says so in backward."""
         weight, ops = self.spec.weight, torch.ops.llmqat
         rows.check_bits(self.spec.activation.bits)
+        if rows.codes.shape[-1] != self.in_features:
+            raise qk.InvalidArgument(
+                f"x: expected rows of {self.in_features} features, got {rows.codes.shape[-1]}"
+            )
+        check_same_device(x=rows.codes, weight_codes=self.weight_codes)
         codes, dtype = (rows.codes, rows.scale, self.weight_codes), rows.values.dtype
         if self.weight_multiplier is None:
             options = self.weight_scale, self.bias, weight.bits, weight.group_size, dtype

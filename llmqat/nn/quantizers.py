@@ -9,6 +9,7 @@ from torch import Tensor
 
 import llmqat_kernels as qk
 from llmqat.config import QuantSpec
+from llmqat.errors import ConfigError
 from llmqat_kernels.spec.quantize import group_scales
 
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "integer": torch.uint8}
@@ -63,7 +64,11 @@ def fake_quantize(
 
 def _on_integer_scales(x: Tensor, spec: QuantSpec) -> Tensor:
     """For searches over weights; training multiplies codes (`QATConfig` sees to it)."""
-    assert not (torch.is_grad_enabled() and x.requires_grad), "integer scales have no gradient here"
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ConfigError(
+            "x: integer scales have no gradient here; call it under torch.no_grad(), or train the"
+            " linear, which multiplies codes"
+        )
     codes, multiplier, scale = qk.quantize_integer_groups(x, spec.bits, group_size=spec.group_size)
     scales = group_scales(scale, multiplier)
     return qk.dequantize(codes, scales, group_size=spec.group_size, dtype=x.dtype)

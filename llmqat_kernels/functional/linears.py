@@ -10,6 +10,7 @@ from ..checks import (
     check_bits,
     check_group_size,
     check_integer_scales,
+    check_output_dtype,
     check_same_device,
     check_shape,
     check_tensor,
@@ -101,16 +102,26 @@ def integer_group_matmul(
         w: int8 codes [N, K] or packed uint8, of :func:`quantize_integer_groups`.
         w_multiplier: uint8 [N, K / group_size]. w_scale: fp32 [N].
 
+    That codes of ``w`` are within -7..7, those of ``a`` within -127..127 and multipliers within
+    1..63 is up to the caller: with others the int32 sums may wrap (no value is read to check it).
+
     Returns:
         [..., N] in ``dtype``.
+
+    Raises:
+        InvalidArgument: shapes, dtypes or devices that do not fit, or K above 38,342.
     """
     check_tensor("a", a, (torch.int8, torch.uint8))
+    check_tensor("a_scale", a_scale, (torch.float32,), 0)
     check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
+    check_output_dtype(dtype)
     check_integer_groups(
         w, w_multiplier, w_scale, _columns(a, w_multiplier, group_size), group_size
     )
     check_bias(bias, w.shape[0])
-    check_same_device(a=a, w=w, w_multiplier=w_multiplier, w_scale=w_scale, bias=bias)
+    check_same_device(
+        a=a, a_scale=a_scale, w=w, w_multiplier=w_multiplier, w_scale=w_scale, bias=bias
+    )
     return ops.integer_group_matmul(a, a_scale, w, w_multiplier, w_scale, bias, group_size, dtype)
 
 
@@ -128,15 +139,25 @@ def repack_weight(w: Tensor, w_bits: int) -> Tensor:
 
 
 def _check_repacked(
-    a: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, n: int, group_size: int
+    a: Tensor,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Everything but the weight, whose layout is the backend's."""
+    """Everything but the weight's layout, which is the backend's."""
     check_tensor("a", a, (torch.int8,))
     check_tensor("a_scale", a_scale, (torch.float32,), 0)
     check_shape("a_scale", a_scale, tuple(a.shape[:-1]))
     check_group_size(a.shape[-1], group_size)
+    check_tensor("w_scale", w_scale, (torch.float32,))
     check_shape("w_scale", w_scale, scale_shape((n,), a.shape[-1], group_size))
     check_bias(bias, n)
+    check_output_dtype(dtype)
+    check_same_device(a=a, a_scale=a_scale, w=w, w_scale=w_scale, bias=bias)
 
 
 def repacked_matmul(
@@ -154,7 +175,7 @@ def repacked_matmul(
     """Codes a int8 [..., K] with scales fp32 [...] times a weight from :func:`repack_weight` ->
     [..., n] (spec 7).
     """
-    _check_repacked(a, a_scale, w_scale, bias, n, group_size)
+    _check_repacked(a, a_scale, w, w_scale, bias, n, group_size, dtype)
     return ops.repacked_matmul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
 
 
@@ -176,7 +197,7 @@ def repacked_matmul_silu_mul(
     Raises:
         InvalidArgument: n is odd.
     """
-    _check_repacked(a, a_scale, w_scale, bias, n, group_size)
+    _check_repacked(a, a_scale, w, w_scale, bias, n, group_size, dtype)
     if n % 2:
         raise InvalidArgument(f"n: gates and ups are as many, so n is even, got {n}")
     return ops.repacked_matmul_silu_mul(a, a_scale, w, w_scale, bias, n, w_bits, group_size, dtype)
@@ -200,8 +221,9 @@ def repacked_matmul_add(
     Raises:
         InvalidArgument: shapes or dtypes that do not fit.
     """
-    _check_repacked(a, a_scale, w_scale, bias, n, group_size)
     check_tensor("residual", residual, FLOAT_DTYPES)
+    _check_repacked(a, a_scale, w, w_scale, bias, n, group_size, residual.dtype)
+    check_same_device(a=a, residual=residual)
     check_shape("residual", residual, (*a.shape[:-1], n))
     return ops.repacked_matmul_add(a, a_scale, w, w_scale, bias, residual, n, w_bits, group_size)
 
@@ -272,6 +294,7 @@ def repacked_linear_add(
     """
     _check_repacked_linear(x, w, w_scale, bias, n, w_bits, group_size)
     check_tensor("residual", residual, (x.dtype,))
+    check_same_device(x=x, residual=residual)
     check_shape("residual", residual, (*x.shape[:-1], n))
     return ops.repacked_linear_add(x, w, w_scale, bias, residual, n, w_bits, group_size)
 

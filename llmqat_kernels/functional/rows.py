@@ -10,6 +10,7 @@ from ..checks import (
     check_bits,
     check_group_size,
     check_integer_scales,
+    check_output_dtype,
     check_same_device,
     check_shape,
     check_tensor,
@@ -62,8 +63,7 @@ def dequantize(
     """
     check_tensor("codes", codes, (torch.int8,))
     check_tensor("scale", scale, (torch.float32,), 0)
-    if dtype not in FLOAT_DTYPES:
-        raise InvalidArgument(f"dtype: {dtype} is not supported; use float32, float16 or bfloat16")
+    check_output_dtype(dtype)
     check_group_size(codes.shape[-1], group_size)
     check_same_device(codes=codes, scale=scale)
     check_shape("scale", scale, scale_shape(tuple(codes.shape[:-1]), codes.shape[-1], group_size))

@@ -12,10 +12,12 @@ import llmqat_kernels as qk
 
 from ..autocast import autocast_input
 from ..checks import check_bits, check_group_size, check_integer_scales
-from ..errors import InvalidArgumentType
+from ..errors import InvalidArgument, InvalidArgumentType
 from .adoption import become
 from .rows import GatedRows, QuantizedRows
 from .weight_codes import QuantizedWeight, WeightCodes
+
+SCALE_DTYPES = (torch.bfloat16, torch.float32, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,10 @@ def _check(in_features: int, bits: LinearBits) -> None:
     check_bits("w_bits", bits.w_bits)
     check_bits("a_bits", bits.a_bits)
     check_group_size(in_features, bits.group_size)
+    if bits.scale_dtype not in SCALE_DTYPES:
+        raise InvalidArgument(
+            f"scale_dtype: {bits.scale_dtype} is not supported; use bfloat16, float32 or uint8"
+        )
     if bits.integer_scales:
         check_integer_scales(in_features, bits.w_bits, bits.group_size)
 

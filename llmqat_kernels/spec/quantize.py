@@ -103,12 +103,15 @@ def quantize_integer_groups(x: Tensor, bits: int, group_size: int) -> tuple[Tens
     """
     rows = as_groups(x.to(torch.float32), group_size)
     fine = row_scale(rows, bits)
+    if fine.shape[-1] == 0:  # no column
+        return x.to(torch.int8), fine.to(torch.uint8), x.new_ones(x.shape[:-1], dtype=torch.float32)
     zero = rows.abs().amax(dim=-1) < ZERO_ROW_AMAX
     top = torch.where(zero, torch.zeros_like(fine), fine).amax(dim=-1)
     scale = torch.div(top, torch.full_like(top, MAX_MULTIPLIER))
     scale = scale.to(torch.bfloat16).to(torch.float32)
     scale = torch.where(zero.all(dim=-1), torch.ones_like(scale), scale)
-    # Rounded up, so that no group's largest value is cut.
+    # Rounded up: what it cuts of a group's largest value is only what rounding s, and the limit of
+    # 63, leave out.
     steps = torch.div(fine, scale.unsqueeze(-1).expand_as(fine))
     multiplier = torch.ceil(torch.clamp(steps, 1, MAX_MULTIPLIER))
     multiplier = torch.where(
@@ -123,6 +126,16 @@ def group_scales(scale: Tensor, multiplier: Tensor | None) -> Tensor:
     ``scale`` itself.
     """
     return scale if multiplier is None else multiplier.to(torch.float32) * scale.unsqueeze(-1)
+
+
+def are_integer_scales(scales: Tensor) -> bool:
+    """Whether :func:`split_group_scales` takes ``scales`` [..., groups] apart without loss: then
+    they are those of integer groups (NaN in a row that is not finite).
+    """
+    multiplier, scale = split_group_scales(scales)
+    exact = scale.to(torch.bfloat16).to(torch.float32)
+    same = (group_scales(exact, multiplier) == scales) | scale.isnan().unsqueeze(-1)
+    return bool(same.all())
 
 
 def split_group_scales(scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -126,3 +126,46 @@ def test_bad_arguments(backend):
         qk.quantize_integer_groups(torch.ones(1, 4), 4, group_size=-1)
     with pytest.raises(qk.InvalidArgument, match="group_size"):
         qk.quantize_integer_groups(torch.ones(1, 4), 4, group_size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"a_scale": torch.ones(2).double()}, "a_scale: dtype"),
+        ({"a_scale": [1.0, 1.0]}, "a_scale: expected a torch.Tensor"),
+        ({"a_scale": torch.ones(2, device="meta")}, "a_scale: is on meta"),
+        ({"dtype": torch.int8}, "dtype: torch.int8"),
+        ({"dtype": torch.float64}, "dtype: torch.float64"),
+    ],
+)
+def test_bad_operands_of_the_product(backend, change, words):
+    codes, multiplier, scale = qk.quantize_integer_groups(torch.randn(3, 64), 4, group_size=16)
+    a, a_scale = qk.quantize(torch.randn(2, 64), 8)
+    arguments = {"a": a, "a_scale": a_scale, "w": codes, "w_multiplier": multiplier}
+    with pytest.raises((qk.InvalidArgument, qk.InvalidArgumentType), match=words):
+        qk.integer_group_matmul(**(arguments | {"w_scale": scale, "group_size": 16} | change))
+
+
+def test_rows_without_columns(backend):
+    codes, multiplier, scale = qk.quantize_integer_groups(torch.ones(2, 0), 4, group_size=4)
+    assert codes.shape == multiplier.shape == (2, 0)
+    assert codes.dtype == torch.int8 and multiplier.dtype == torch.uint8
+    assert_same_bits(scale, torch.ones(2))
+
+
+def test_what_is_cut_of_the_largest_values(backend):
+    """Only what rounding of the row's scale, and the limit of 63, leave out."""
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(2))
+    _, multiplier, scale = qk.quantize_integer_groups(x, 4, group_size=16)
+    largest = x.view(2000, 4, 16).abs().amax(-1)
+    assert bool((largest <= 7 * 1.004 * (multiplier * scale[:, None])).all())
+
+
+def test_sums_out_of_range_wrap_alike(backend):
+    """Codes of more than 4 bits are the caller's mistake; no backend makes of it anything else."""
+    a = torch.full((1, 4096), 127, dtype=torch.int8)
+    multiplier = torch.full((1, 64), 63, dtype=torch.uint8)
+    ones = torch.ones(1)
+    got = qk.integer_group_matmul(a, ones, a.clone(), multiplier, ones, group_size=64)
+    total = 63 * 127 * 127 * 4096
+    assert float(got) == torch.tensor((total + 2**31) % 2**32 - 2**31).float()

@@ -81,6 +81,7 @@ def test_codes_of_integer_scales_are_kept(monkeypatch):
         ({"w_bits": 5, "group_size": 8}, 24, "w_bits: integer groups hold 2..4 bits"),
         ({}, 24, "group_size: -1 has no groups"),
         ({"group_size": 2}, 38_344, "x: 38344 features exceed 38342"),
+        ({"scale_dtype": torch.int8}, 24, "scale_dtype: torch.int8 is not supported"),
     ],
 )
 def test_where_integer_scales_do_not_go(fields, k, says):

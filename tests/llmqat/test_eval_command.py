@@ -89,6 +89,15 @@ def test_every_quantized_form_has_the_same_perplexity(folders, text, capsys):
     assert again["perplexity"] == packed["perplexity"]
 
 
+def test_the_record_says_which_scales(folders, text, capsys):
+    options = ("--bits", "4-8-16", "--group-size", 8, "--weight-scale-dtype", "integer")
+    common = ("--model", folders / "plain", "--text", text, "--seq-len", 32, *options)
+    record = _json(capsys, *common)
+    assert (record["group_size"], record["weight_scale_dtype"]) == (8, "integer")
+    assert cli.main(["eval", *map(str, common)]) == 0
+    assert "groups of 8, integer scales" in capsys.readouterr().out
+
+
 def test_options(folders, text, capsys):
     common = ("--model", folders / "plain", "--text", text, "--seq-len", 32)
     whole = _json(capsys, *common)

@@ -78,6 +78,7 @@ def test_without_a_tokenizer(tmp_path, capsys):
         (("--bits", "4-8-8", "--group-size", "7"), "group_size"),
         (("--bits", "4-8-8", "--kv-mode", "other"), "kv_mode"),
         (("--bits", "4-8-8", "--dtype", "int8"), "dtype"),
+        (("--group-size", "16"), "--group-size: needs --bits"),
     ],
 )
 def test_errors(tmp_path, plain, capsys, options, word):
@@ -93,6 +94,8 @@ def test_wrong_folders(tmp_path, plain, capsys):
     save_pretrained(prepare(model(), QATConfig.parse("4-8-4")), tmp_path / "qat")
     assert export(tmp_path / "qat", tmp_path / "packed", "--bits", "4-8-8") == 1
     assert "prepared as 4-8-4" in capsys.readouterr().err
+    assert export(tmp_path / "qat", tmp_path / "packed", "--weight-scale-dtype", "integer") == 1
+    assert "--weight-scale-dtype: needs --bits" in capsys.readouterr().err
     assert export(tmp_path / "qat", tmp_path / "packed") == 0
     capsys.readouterr()
     assert export(tmp_path / "packed", tmp_path / "again") == 1

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import llmqat_kernels as qk
 from llmqat.checkpoint import from_pretrained, save_pretrained, verify_export
@@ -14,12 +15,13 @@ from llmqat.config import QATConfig, QuantSpec
 from llmqat.convert import convert, prepare
 from llmqat.errors import CheckpointError, ConfigError
 from llmqat.eval.cost import weight_bytes
-from llmqat.nn.linear import QATLinear
+from llmqat.nn.linear import LinearSpec, QATLinear
 from llmqat.nn.quantized_linear import QuantizedLinear
 from llmqat.ptq.awq import output_error
 from llmqat.ptq.gptq import gptq_codes
 from llmqat.ptq.methods import METHODS
 from llmqat.runtime import Engine
+from llmqat_kernels import nn as qnn
 from llmqat_kernels.spec.quantize import group_scales, split_group_scales
 from tests.llmqat.checkpoint_attacks import SCALE, refresh, tensor
 from tests.llmqat.test_engine import all_logits
@@ -28,6 +30,7 @@ from tests.llmqat.tiny import packed_llama, random_tokens, tiny_llama
 from tests.llmqat.tiny_families import tiny_model
 
 GROUPS = {"group_size": 16, "weight_scale_dtype": "integer"}
+SPEC = LinearSpec(QuantSpec(4, 16, "integer"), QuantSpec(8))
 
 
 def logits(model, tokens):
@@ -166,8 +169,78 @@ def test_other_scales_are_refused(tmp_path, change):
     folder = save_pretrained(packed_llama(**GROUPS), tmp_path / "m")
     tensor(SCALE, change)(folder)
     refresh(folder)
-    with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale: not whole multiples"):
+    refusal = rf"{folder}/model\.safetensors: .*up_proj\.weight_scale: not whole multiples"
+    with pytest.raises(CheckpointError, match=refusal):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "change", "words"),
+    [
+        ("weight_scale", lambda s: s * 1.001, "not whole multiples"),
+        ("weight_scale", torch.neg, "not finite and positive"),
+        ("weight_scale", lambda s: s * float("nan"), "not finite and positive"),
+        ("weight_multiplier", lambda m: m.clamp(max=62), "not whole multiples"),
+        ("weight_multiplier", lambda m: m * 0, "not finite and positive"),
+        ("weight_codes", lambda c: c & 0x88, "code -8 occurs"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, buffer, change, words):
+    """The checkpoint that was there stays."""
+    model = packed_llama(**GROUPS)
+    folder = save_pretrained(model, tmp_path / "m")
+    before = (folder / "model.safetensors").read_bytes()
+    linear = model.model.layers[0].mlp.up_proj
+    setattr(linear, buffer, change(getattr(linear, buffer)))
+    with pytest.raises(ConfigError, match=rf"cannot be saved, .*up_proj\..*{words}"):
+        save_pretrained(model, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    from_pretrained(folder)
+
+
+def test_scales_that_are_no_multiples_are_no_integer_scales():
+    """They would become others."""
+    codes, scale = qk.quantize(torch.randn(3, 64), 4, group_size=16, scale_dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="not whole multiples"):
+        QuantizedLinear.from_codes(codes, scale, SPEC)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("scale_dtype", ["integer", "bfloat16"])
+def test_rows_of_another_length_are_refused(backend, scale_dtype):
+    spec = LinearSpec(QuantSpec(4, 16, scale_dtype), QuantSpec(8))
+    packed = QuantizedLinear.from_qat(QATLinear.adopt(nn.Linear(64, 8), spec))
+    with qk.use_backend(backend), torch.no_grad():
+        for k in (32, 63, 65, 128):
+            x = torch.randn(1, k)
+            with pytest.raises(qk.InvalidArgument):
+                packed(x)
+            with pytest.raises(qk.InvalidArgument, match=f"64 features, got {k}"):
+                packed(qnn.QuantizedRows.quantize(x, 8))
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "words"),
+    [
+        (QuantSpec(8, 16, "integer"), QuantSpec(8), "w_bits: integer groups hold 2..4 bits"),
+        (QuantSpec(4, -1, "integer"), QuantSpec(8), "group_size: -1 has no groups"),
+        (QuantSpec(4, 16, "integer"), QuantSpec(16), "need a product of codes"),
+    ],
+)
+def test_linears_without_an_integer_product(weight, activation, words):
+    linear = nn.Linear(64, 8)
+    with pytest.raises(ConfigError, match=words):
+        QATLinear.adopt(linear, LinearSpec(weight, activation))
+    assert type(linear) is nn.Linear
+
+
+def test_values_have_no_gradient():
+    linear = QATLinear.adopt(nn.Linear(64, 8), SPEC)
+    with pytest.raises(ConfigError, match="no gradient here"):
+        linear.fake_quantized_weight(torch.float32)
+    with torch.no_grad():
+        values = linear.fake_quantized_weight(torch.float32)
+    assert torch.equal(values, QuantizedLinear.from_qat(linear).dequantize())
 
 
 # Settings
@@ -260,3 +333,8 @@ def test_commands(tmp_path, capsys):
     assert said[-1].startswith(
         "llmqat export: w_bits: 8 has no integer scales, which need 2..4 bits"
     )
+
+
+def test_shapes_on_the_meta_device():
+    packed = QuantizedLinear.from_qat(QATLinear.adopt(nn.Linear(64, 8), SPEC)).to("meta")
+    assert packed(torch.empty(2, 3, 64, device="meta")).shape == (2, 3, 8)
