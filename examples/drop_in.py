@@ -5,14 +5,15 @@ python examples/drop_in.py
 
 import copy
 
+import llmqat  # before torch: it sets passive OpenMP waiting
+import llmqat_kernels as qk
+from llmqat_kernels import nn as qnn
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import llmqat
-import llmqat_kernels as qk
-from llmqat_kernels import nn as qnn
 
 VOCAB, SIZE, HEADS = 64, 64, 4
 

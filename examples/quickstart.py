@@ -10,13 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import llmqat  # before torch: it sets passive OpenMP waiting
+
+# isort: split
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import llmqat
-import llmqat_kernels  # noqa: F401 - before torch: it sets passive OpenMP waiting
-from llmqat.runtime.sampling import Sampling
-from llmqat.train.trainer import training_arguments
 
 
 def tiny_teacher() -> LlamaForCausalLM:
@@ -43,7 +41,9 @@ def self_written(teacher: LlamaForCausalLM, records: int, length: int) -> torch.
     first = torch.randint(
         3, teacher.config.vocab_size, (records, 1), generator=torch.Generator().manual_seed(0)
     )
-    outputs = engine.generate(first.tolist(), max_new_tokens=length - 1, sampling=Sampling(seed=0))
+    outputs = engine.generate(
+        first.tolist(), max_new_tokens=length - 1, sampling=llmqat.Sampling(seed=0)
+    )
     return torch.tensor([out.tokens for out in outputs])
 
 
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     ids = self_written(teacher, 64, 64)
     student = llmqat.prepare(copy.deepcopy(teacher), llmqat.QATConfig.parse("4-8-4"))
     print(llmqat.conversion_report(student))
-    arguments = training_arguments(
+    arguments = llmqat.training_arguments(
         str(folder / "train"),
         learning_rate=1e-3,
         max_steps=40,

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from .convert import conversion_report, convert, prepare
     from .runtime.engine import Engine
     from .runtime.quantized_cache import QuantizedCache
+    from .runtime.sampling import Sampling
     from .runtime.transformers_engine import TransformersEngine
-    from .train.trainer import QATTrainer
+    from .train.trainer import QATTrainer, training_arguments
 
 __version__ = "0.1.0"
 
@@ -42,8 +43,10 @@ _HOMES = {
     "from_pretrained": "checkpoint",
     "Engine": "runtime.engine",
     "QuantizedCache": "runtime.quantized_cache",
+    "Sampling": "runtime.sampling",
     "TransformersEngine": "runtime.transformers_engine",
     "QATTrainer": "train.trainer",
+    "training_arguments": "train.trainer",
 }
 
 __all__ = [
@@ -51,12 +54,14 @@ __all__ = [
     "QATConfig",
     "QATTrainer",
     "QuantizedCache",
+    "Sampling",
     "TransformersEngine",
     "conversion_report",
     "convert",
     "from_pretrained",
     "prepare",
     "save_pretrained",
+    "training_arguments",
 ]
 
 

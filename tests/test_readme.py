@@ -1,17 +1,35 @@
-"""The README's Python runs as printed, and the example does what it says."""
+"""The Python of the README and of docs/*.md runs as printed, and the examples do what they say."""
 
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
+import llmqat
+from llmqat import cli
 from tests.llmqat.tiny import tiny_llama
+from tests.llmqat.tiny_tokenizer import save_character_tokenizer
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def _docs_snippets() -> dict[str, list[str]]:
+    """Page -> its indented blocks that import something."""
+    snippets = {}
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", page.read_text(), re.M)
+        found = [dedent(b) for b in blocks if re.search(r"^ {4}(?:from \S+ )?import ", b, re.M)]
+        if found or "```python" in page.read_text():
+            snippets[page.name] = found
+    return snippets
+
+
+SNIPPETS = _docs_snippets()
 
 
 def test_the_first_block_is_eight_lines_and_runs(tmp_path, monkeypatch, capsys):
@@ -39,6 +57,31 @@ def test_the_module_block_runs():
 
 def test_every_block_is_tested():
     assert len(BLOCKS) == 3
+
+
+def test_every_docs_snippet_is_tested():
+    assert {name: len(found) for name, found in SNIPPETS.items()} == {
+        "evaluation.md": 1,
+        "post-training.md": 1,
+    }
+
+
+def test_the_post_training_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("teacher")
+    data = ["--output", "data", "--num-records", "3", "--max-len", "512", "--first-token", "random"]
+    assert cli.main(["generate-data", "--model", "teacher", *data]) == 0
+    exec(compile(SNIPPETS["post-training.md"][0], "post-training.md", "exec"), {})
+    assert llmqat.from_pretrained("packed").config.vocab_size == 128
+
+
+def test_the_evaluation_snippet_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("qat")
+    save_character_tokenizer(tmp_path / "qat")
+    exec(compile(SNIPPETS["evaluation.md"][0], "evaluation.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out.splitlines()[-1]) <= 1
 
 
 @pytest.mark.parametrize(
