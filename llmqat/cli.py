@@ -18,7 +18,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
 
-from llmqat.commands.actions import run_action
+from llmqat import __version__
+from llmqat.commands.actions import UsageError, run_action
+from llmqat.commands.recipe import convert, read_recipe, settings
+from llmqat.errors import ConfigError
 
 COMMANDS = {
     "generate-data": "let the teacher write its own training text",
@@ -45,7 +48,7 @@ def usage() -> str:
     return (
         "usage: llmqat COMMAND [options]\n\n"
         + "\n".join(lines)
-        + "\n\nllmqat COMMAND --help shows its options."
+        + "\n\nllmqat COMMAND --help shows its options; llmqat --version the version."
     )
 
 
@@ -54,14 +57,17 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
     defaults.
 
     Raises:
-        ValueError: unreadable YAML, or a key that no option has.
+        ConfigError: unreadable YAML, a key that no option has, or a value of another type.
         SystemExit: 2, with one line, for an argument that no option has, a value that is none of an
             option's, or a missing option.
     """
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        list(types), prog=f"llmqat {command}", description=COMMANDS[command.partition(" ")[0]]
+        list(types),
+        prog=f"llmqat {command}",
+        description=COMMANDS[command.partition(" ")[0]],
+        allow_abbrev=False,
     )
     _refuse_in_one_line(parser, command)
     parser.add_argument(
@@ -72,24 +78,13 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config
     if path is not None:
-        defaults = _read_yaml(path)
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(defaults) - known)
-        if unknown:
-            raise ValueError(
-                f"--config {path}: unknown option {unknown[0]!r}; see llmqat {command} --help"
-            )
-        parser.set_defaults(**defaults)
-        for action in (
-            parser._actions
-        ):  # an option that the file sets is no longer required on the command line
-            action.required = action.required and action.dest not in defaults
+        _set_defaults(parser, path, command)
     *instances, _, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         options = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], options, 1)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
         hint = f"did you mean {near[0]}?" if near else f"see llmqat {command} --help"
         parser.exit(2, f"llmqat {command}: unknown argument {unknown[0]!r}; {hint}\n")
     return tuple(instances)
@@ -104,16 +99,21 @@ def _refuse_in_one_line(parser: argparse.ArgumentParser, command: str) -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
-def _read_yaml(path: str) -> dict[str, object]:
-    import yaml
-
-    with open(path, encoding="utf-8") as file:
-        data = yaml.safe_load(file) or {}
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"--config {path}: expected a mapping of options, got {type(data).__name__}"
-        )
-    return {str(key).replace("-", "_"): value for key, value in data.items()}
+def _set_defaults(parser: argparse.ArgumentParser, path: str, command: str) -> None:
+    """Take the defaults from a file; what it sets the command line need not give."""
+    options, defaults = settings(parser._actions), read_recipe(path)
+    for name, value in defaults.items():
+        if name not in options:
+            raise ConfigError(
+                f"--config {path}: unknown option {name!r}; see llmqat {command} --help"
+            )
+        try:
+            defaults[name] = convert(options[name], value)
+        except ConfigError as error:
+            raise ConfigError(f"--config {path}: {name}: {error}") from error
+    parser.set_defaults(**defaults)
+    for name in defaults:
+        options[name].required = False
 
 
 def _import(command: str, own_process: bool) -> ModuleType:
@@ -139,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"llmqat {__version__}")
+        return 0
     command, rest = argv[0], argv[1:]
     if command not in COMMANDS:
         print(
@@ -160,6 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `llmqat info | head`: nobody reads on, and Python need not try again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except UsageError as error:
+        print(f"llmqat {command}: {error}", file=sys.stderr)
+        return 2
     except PLAIN_ERRORS as error:
         if os.environ.get("LLMQAT_TRACEBACK"):
             raise

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class UsageError(ValueError):
+    """The words of a command are wrong; the status is 2, as for an option that there is not."""
+
+
 @dataclass(frozen=True)
 class Action:
     """One action.
@@ -61,18 +65,18 @@ def run_action(
         parse: called with "COMMAND ACTION", the dataclasses and the options.
 
     Raises:
-        ValueError: no such action, or a missing word. SystemExit: after printing the help.
+        UsageError: no such action, or a missing word. SystemExit: after printing the help.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(command, actions))
         raise SystemExit(0 if argv else 2)  # as argparse does
     name, rest = argv[0], list(argv[1:])
     if name not in actions:
-        raise ValueError(f"unknown action {name!r}; use {' or '.join(actions)}")
+        raise UsageError(f"unknown action {name!r}; use {' or '.join(actions)}")
     action = actions[name]
     words, options = split_words(rest, len(action.words))
     if len(words) < len(action.words) and not {"-h", "--help"} & set(options):
         missing = action.words[len(words)]
-        raise ValueError(f"{missing}: not given; write llmqat {command} {name} {missing} [options]")
+        raise UsageError(f"{missing}: not given; write llmqat {command} {name} {missing} [options]")
     instances = parse(f"{command} {name}", action.arguments, options)
     return action.run(*words, *instances)

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmqat.config import KV_MODES, QATConfig
 from llmqat.demo.pipeline import Settings, run_demo
 from llmqat.demo.report import headline, write_report
+from llmqat.errors import ConfigError
+from llmqat.train.arguments import check_choice, check_number
+
+LOWEST = {
+    "records": 1, "max_len": 2, "steps": 1, "batch_size": 1, "seq_len": 2, "eval_tokens": 2,
+    "seed": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -35,6 +43,19 @@ class DemoArguments:
         default=Settings.eval_tokens, metadata={"help": "Tokens of text that are scored."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of data generation and training."})
+
+    def __post_init__(self) -> None:
+        """Refuse now what a stage would refuse after the minutes of those before it."""
+        for name, low in LOWEST.items():
+            check_number(name.replace("_", "-"), getattr(self, name), low)
+        check_number("lr", self.lr, 0, whole=False)
+        if self.lr == 0:
+            raise ConfigError("--lr: 0 trains nothing; give a positive number")
+        check_choice("kv-mode", self.kv_mode, KV_MODES)
+        try:
+            QATConfig.parse(self.bits).check_packable()
+        except ConfigError as error:
+            raise ConfigError(f"--bits: {self.bits}: {error}") from error
 
 
 ARGUMENTS = (DemoArguments,)

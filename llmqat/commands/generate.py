@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from llmqat.errors import ConfigError
+from llmqat.models.families import find_family
 from llmqat.runtime.loading import (
+    check_model_folder,
     load_model,
     load_tokenizer,
     parse_device,
@@ -22,6 +24,7 @@ from llmqat.runtime.loading import (
     stop_ids,
 )
 from llmqat.runtime.sampling import Sampling
+from llmqat.runtime.support import attention_window, has_engine
 from llmqat.runtime.token_engine import TokenEngine
 from llmqat.runtime.transformers_engine import open_engine
 
@@ -32,7 +35,7 @@ MIB = 2**20
 class GenerateArguments:
     """Options of ``llmqat generate``."""
 
-    model: str = field(metadata={"help": "Folder of a packed, prepared or plain LLaMA."})
+    model: str = field(metadata={"help": "Folder of a packed, prepared or plain model."})
     prompt: str = field(metadata={"help": "Text to continue."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens to add at most."})
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits."})
@@ -97,17 +100,13 @@ def run(arguments: GenerateArguments) -> None:
     auto = torch.float32 if device.type == "cpu" else None
     dtype = auto if a.dtype == "auto" else parse_dtype(a.dtype)
     set_threads(a.threads)
+    check_model_folder(a.model)
     tokenizer = load_tokenizer(a.model)
     prompt: list[int] = tokenizer(a.prompt)["input_ids"]
     if not prompt:
         raise ConfigError("prompt: is empty and the tokenizer adds no token; give some text")
     model = load_model(a.model, dtype=dtype, device=device)
-    stops, positions = stop_ids(model), model.config.max_position_embeddings
-    if len(prompt) >= positions:
-        raise ConfigError(
-            f"prompt: its {len(prompt)} tokens fill the model's {positions} positions; shorten it"
-        )
-    max_len = min(len(prompt) + a.max_new_tokens, positions)
+    stops, max_len = stop_ids(model), _max_len(model, len(prompt), a.max_new_tokens)
     engine = open_engine(
         model,
         max_slots=1,
@@ -134,6 +133,33 @@ def run(arguments: GenerateArguments) -> None:
         print(json.dumps(result))
     else:
         print(describe(result), file=sys.stderr)
+
+
+def _max_len(model: Any, prompt: int, new: int) -> int:
+    """Tokens of the prompt and the text; says so where the model's positions end it earlier.
+
+    Raises:
+        ConfigError: the prompt leaves no room, or both are longer than a window of the engine's.
+    """
+    positions = model.config.max_position_embeddings
+    window = attention_window(model) if has_engine(find_family(model)) else None
+    name, room = f"{positions} positions", positions
+    if window is not None and window < positions:
+        name, room = f"sliding window of {window} tokens", window
+    if prompt >= room:
+        raise ConfigError(f"prompt: its {prompt} tokens fill the model's {name}; shorten it")
+    if prompt + new > room and room < positions:
+        raise ConfigError(
+            f"--max-new-tokens: {new} after a prompt of {prompt} tokens is more than the model's"
+            f" {name}, which the engine cannot leave; use at most {room - prompt}"
+        )
+    if prompt + new > room:
+        print(
+            f"llmqat generate: --max-new-tokens: {new} is more than the model's {name}"
+            f" leave; at most {room - prompt} tokens are added",
+            file=sys.stderr,
+        )
+    return min(prompt + new, room)
 
 
 def _streamer(tokenizer: Any, prompt: list[int]) -> Any:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from argparse import Action as Option
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
+from llmqat.commands.recipe import convert, settings
 from llmqat.errors import ConfigError
 
-SECTIONS = (
-    "generate", "calibrate", "smoothquant", "gptq", "awq", "zeroquant", "train", "evaluate",
-    "tasks",
-)  # fmt: skip
+SECTIONS = {
+    "generate": "generate-data",
+    "calibrate": "quantize",
+    "smoothquant": "quantize",
+    "gptq": "quantize",
+    "awq": "quantize",
+    "zeroquant": "quantize",
+    "train": "train",
+    "evaluate": "eval",
+    "tasks": "eval",
+}
+"""The sections of a budget, and the command whose options each holds."""
+FIXED = ("model", "data", "output", "teacher", "text", "calibration", "resume", "json")
+"""Options that the experiment itself gives: they say what a cell is, or where things lie."""
 METRICS = ("perplexity", "tasks")
 
 
@@ -113,7 +127,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """``["train.steps=256", "train.lr=1e-4"]`` as sections; values are YAML.
 
     Raises:
-        ConfigError: a word of another form.
+        ConfigError: a word of another form, an option that the section's command has not or the
+            experiment gives itself, or a value of another type.
     """
     changes: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -121,12 +136,46 @@ def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         section, dot, option = name.partition(".")
         if not (equals and dot and section and option):
             raise ConfigError(f"--set: {word!r} is not of the form train.steps=256")
-        changes.setdefault(section, {})[option.replace("-", "_")] = _scalar(value)
+        option = option.replace("-", "_")
+        changes.setdefault(section, {})[option] = _checked(section, option, _scalar(word, value))
     return changes
 
 
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
+@cache
+def _settings(command: str) -> dict[str, Option]:
+    """The options of a command by name."""
+    from transformers import HfArgumentParser
+
+    module = import_module(f"llmqat.commands.{command.replace('-', '_')}")
+    return settings(HfArgumentParser(list(module.ARGUMENTS))._actions)
+
+
+def _checked(section: str, name: str, value: Any) -> Any:
+    """A value for an option of a section; null leaves the option out."""
+    if section not in SECTIONS:
+        raise ConfigError(
+            f"--set: {section} is not a section of a budget; use {', '.join(SECTIONS)}"
+        )
+    options = _settings(SECTIONS[section])
+    if name in FIXED and name in options:
+        raise ConfigError(f"--set: {section}.{name} is given by the experiment itself; leave it")
+    if name not in options:
+        near = get_close_matches(name, options.keys() - set(FIXED), 1)
+        hint = f"did you mean {section}.{near[0]}?" if near else "see its --help"
+        raise ConfigError(
+            f"--set: {section}.{name} is not an option of llmqat {SECTIONS[section]}; {hint}"
+        )
+    try:
+        return None if value is None else convert(options[name], value, words=True)
+    except ConfigError as error:
+        raise ConfigError(f"--set: {section}.{name}: {error}") from error
+
+
+def _scalar(word: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--set: {word!r}: the value is not valid YAML") from error
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a word
         try:
             return float(value)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llmqat.checkpoint import from_pretrained
+from llmqat.checkpoint.load import read_architecture
 from llmqat.checkpoint.save import TOKENIZER_FILES
 from llmqat.errors import CheckpointError, ConfigError
 
@@ -51,6 +52,20 @@ def set_threads(threads: int | None) -> None:
     if threads < 1:
         raise ConfigError(f"threads: {threads} must be at least 1")
     torch.set_num_threads(threads)
+
+
+def check_model_folder(directory: StrPath) -> None:
+    """Refuse what holds no model of a known family, before its tokenizer is asked for.
+
+    Raises:
+        ConfigError: not a folder. CheckpointError: its config.json is none of ours.
+    """
+    try:
+        read_architecture(directory)
+    except CheckpointError as error:
+        if Path(directory).is_dir():
+            raise
+        raise ConfigError(f"--model{str(error).removeprefix('directory')}") from error
 
 
 def has_tokenizer(directory: StrPath) -> bool:

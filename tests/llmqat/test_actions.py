@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from llmqat.cli import parse_arguments
-from llmqat.commands.actions import Action, run_action
+from llmqat.commands.actions import Action, UsageError, run_action
 
 
 @dataclass
@@ -38,7 +38,7 @@ def test_words_come_before_options():
     ],
 )
 def test_wrong_words(argv, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         run(argv)
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+import llmqat
 from llmqat import cli
+from llmqat.errors import ConfigError
 
 
 @dataclass
@@ -74,6 +76,114 @@ def test_yaml_with_an_unknown_option(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"a: b: c\n x", "not valid YAML (line 1)"),
+        (b"model: m\n\tsteps: 3", "not valid YAML (line 2)"),
+        (b"steps: 3\nmodel: \xff", "not valid YAML (line 2: not UTF-8)"),
+        (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+        (b"model: 2026-02-31\n", "not valid YAML"),
+        (b"steps: 3\nsteps: 4\n", "steps: stands there twice (line 2); leave one out"),
+        (b"max-len: 3\nmax_len: 4\n", "max_len: stands there twice (line 2); leave one out"),
+        (b"false", "expected a mapping of options, got bool"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read(raw, says, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(raw)
+    assert cli.main(["train", "--config", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"llmqat train: --config {recipe}: {says}") and said.count("\n") == 1
+
+
+@dataclass
+class Every:
+    """An option of each kind."""
+
+    name: str = "x"
+    bits: str | None = None
+    text: list[str] | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    resume: bool = False
+    graphs: bool = True
+
+
+def parse_recipe(tmp_path, text, kind=Every):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    (options,) = cli.parse_arguments("train", [kind], ["--config", str(recipe)])
+    return options
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("bits: 4-8-4", "bits", "4-8-4"),
+        ("bits: null", "bits", None),
+        ("text: text.txt", "text", ["text.txt"]),
+        ("text: [a, b]", "text", ["a", "b"]),
+        ("steps: 3", "steps", 3),
+        ("steps: '3'", "steps", 3),
+        ("epochs: 2", "epochs", 2.0),
+        ("epochs: 1e-4", "epochs", 1e-4),  # which is text in YAML 1.1
+        ("resume: true", "resume", True),
+        ("resume: 'yes'", "resume", True),
+        ("graphs: false", "graphs", False),
+    ],
+)
+def test_a_value_of_a_recipe_has_the_type_of_its_option(text, name, value, tmp_path):
+    found = getattr(parse_recipe(tmp_path, text), name)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: 3", "name: expected text, got int; put it in quotes"),
+        ("name: null", "name: expected text, got null"),
+        ("name: [a]", "name: expected text, got list"),
+        ("bits: 8", "bits: expected text, got int; put it in quotes"),
+        ("bits: true", "bits: expected text, got bool; put it in quotes"),
+        ("text: 3", "text: expected text, got int"),
+        ("text: [a, 3]", "text: expected text, got int"),
+        ("text: []", "text: expected at least one value, got an empty list"),
+        ("text: {a: b}", "text: expected text, got dict"),
+        ("steps: 3.5", "steps: expected a whole number, got float"),
+        ("steps: true", "steps: expected a whole number, got bool"),
+        ("steps: many", "steps: expected a whole number, got 'many'"),
+        ("epochs: [1]", "epochs: expected a number, got list"),
+        ("epochs: null", "epochs: expected a number, got null"),
+        (f"epochs: {'9' * 400}", "epochs: expected a number, got int"),
+        ("resume: 1", "resume: expected true or false, got int"),
+        ("resume: perhaps", "resume: expected true or false, got 'perhaps'"),
+        ("help: true", "unknown option 'help'"),
+        ("config: x", "unknown option 'config'"),
+        ("no_graphs: true", "unknown option 'no_graphs'"),
+    ],
+)
+def test_a_value_of_another_type_names_the_file_and_the_option(text, says, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(tmp_path, text)
+    assert str(caught.value).startswith(f"--config {tmp_path / 'recipe.yaml'}: {says}")
+
+
+def test_a_recipe_cannot_set_a_required_option_to_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="model: expected text, got null"):
+        parse_recipe(tmp_path, "model: null", Options)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"llmqat {llmqat.__version__}\n"
+
+
+def test_an_unknown_action_has_status_2(capsys):
+    assert cli.main(["bench", "foo"]) == 2
+    assert capsys.readouterr().err == "llmqat bench: unknown action 'foo'; use kv\n"
+
+
+@pytest.mark.parametrize(
     ("argv", "word"),
     [
         (["eval", "--model", "/no/such/folder", "--text", "/no/such/text"], "/no/such"),
@@ -110,7 +220,12 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, says, capsys):
 
 @pytest.mark.parametrize(
     ("argument", "hint"),
-    [("--max-length", "did you mean --max-len?"), ("twenty", "see llmqat generate-data --help")],
+    [
+        ("--max-length", "did you mean --max-len?"),
+        ("--num-record", "did you mean --num-records?"),  # no abbreviations
+        ("--num-record=2", "did you mean --num-records?"),
+        ("twenty", "see llmqat generate-data --help"),
+    ],
 )
 def test_an_unknown_argument_is_one_line_and_status_2(argument, hint, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -58,16 +58,31 @@ def test_dry_run_prints_commands(tmp_path, words, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "unknown action 'fly'"),
-        (["run", "--model", "m"], "NAME: not given"),
         (["run", "table9", "--model", "m"], "'table9' is not an experiment"),
         (["run", "table2", "--model", "m", "--seeds", "a"], "config.json"),
         (["run", "table2", "--model", "m", "--kv-mode", "all"], "--kv-mode: 'all'"),
         (["run", "table2", "--model", "m", "--resume", "--restart"], "contradict"),
+        (
+            ["run", "table2", "--model", "m", "--set", "train.foo=3", "--dry-run"],
+            "--set: train.foo",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(arguments, message, tmp_path, capsys):
     assert main(["experiments", *arguments, "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "unknown action 'fly'"),
+        (["run", "--model", "m"], "NAME: not given"),
+    ],
+)
+def test_wrong_words_have_status_2(arguments, message, capsys):
+    assert main(["experiments", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

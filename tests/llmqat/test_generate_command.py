@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from llmqat import QATConfig, convert, prepare, save_pretrained
 from llmqat.cli import main
@@ -113,3 +114,59 @@ def test_stop_ids():
     assert stop_ids(model) == (2,)
     model.config.eos_token_id = None
     assert stop_ids(model) == ()
+
+
+@pytest.fixture
+def windowed(tmp_path):
+    """A Mistral that attends to 16 tokens."""
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, sliding_window=16,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            ("--max-new-tokens", "500"),
+            "--max-new-tokens: 500 after a prompt of 3 tokens is more than the model's sliding"
+            " window of 16 tokens, which the engine cannot leave; use at most 13",
+        ),
+        (("--prompt", "w5 " * 16), "prompt: its 16 tokens fill the model's sliding window of 16"),
+    ],
+)
+def test_a_text_longer_than_the_window(windowed, options, says, capsys):
+    assert command(windowed, *options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"llmqat generate: {says}")
+
+
+def test_a_text_that_fits_the_window(windowed, capsys):
+    assert command(windowed, "--max-new-tokens", "13", "--json") == 0
+    assert "--max-new-tokens" not in capsys.readouterr().err
+
+
+def test_the_end_of_the_positions_is_said(tmp_path, capsys):
+    model = tiny_llama(1, layers=1, eos_token_id=None)
+    model.config.max_position_embeddings = 8
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    assert command(tmp_path, "--max-new-tokens", "5000", "--json") == 0
+    out, error = capsys.readouterr()
+    assert (
+        "llmqat generate: --max-new-tokens: 5000 is more than the model's 8 positions leave; at"
+        " most 5 tokens are added\n" in error
+    )
+    assert json.loads(out)["new_tokens"] == 5
+
+
+def test_the_folder_and_its_family_are_checked_before_the_tokenizer(tmp_path, capsys):
+    assert command(tmp_path / "nope") == 1
+    assert f"generate: --model: {tmp_path / 'nope'} is not a folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert command(tmp_path) == 1
+    assert "model_type 'bert' is not supported" in capsys.readouterr().err
