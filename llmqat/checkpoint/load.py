@@ -78,14 +78,15 @@ class Checkpoint:
 def from_pretrained(
     directory: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Load a model of a known family: converted from a packed folder, prepared from a prepared one,
     plain from any other.
 
     Args:
-        dtype: type of the float tensors that are not quantized; None keeps what is stored.
+        dtype: type of the float tensors that are not quantized (``float32``, ``float16`` or
+            ``bfloat16``, of torch or by name); None keeps what is stored.
         device: where the model goes; everything is read and checked on the CPU. `meta` checks the
             folder and gives the model without its weights: every parameter is a shape.
 
@@ -94,15 +95,12 @@ def from_pretrained(
 
     Raises:
         CheckpointError: one line that names the file and what to do; nothing of the folder is
-            executed.
+            executed. ConfigError: a dtype that is not supported, or a device that is not there.
     """
-    if dtype is not None and dtype not in {TORCH_DTYPES[name] for name in FLOATS}:
-        raise ConfigError(
-            f"dtype: {dtype} is not supported; use float32, float16 or bfloat16, or None"
-        )
+    dtype, device = _float_dtype(dtype), _device(device)
     checkpoint = inspect(directory)
     model = _build(checkpoint, dtype)
-    if torch.device(device).type == "meta":
+    if device.type == "meta":
         compat.tie_head(model)
         _prepare(model, checkpoint)
     else:
@@ -110,6 +108,32 @@ def from_pretrained(
         model.to(device)
     _generation_config(model, checkpoint.folder)
     return model
+
+
+def _float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    for known in (TORCH_DTYPES[name] for name in FLOATS):
+        if dtype in (known, str(known).removeprefix("torch.")):
+            return known
+    raise ConfigError(
+        f"dtype: {printable(dtype)} is not supported; use float32, float16 or bfloat16, or None"
+    )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """``device`` if it is there, before anything is read."""
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device: {printable(device)} is not a device; use cpu, cuda or meta"
+        ) from error
+    if parsed.type != "cuda":
+        return parsed
+    from llmqat.runtime.loading import parse_device  # it imports this module
+
+    return parse_device(str(parsed))
 
 
 def read_architecture(directory: str | os.PathLike[str]) -> Architecture:

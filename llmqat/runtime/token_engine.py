@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmqat.runtime.sampling import Sampling
 from llmqat.runtime.scheduler import Completion, Request, check_request
-from llmqat_kernels.errors import InvalidArgument
+from llmqat_kernels.errors import InvalidArgument, InvalidArgumentType
+
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class TokenEngine(ABC):
@@ -63,7 +67,7 @@ class TokenEngine(ABC):
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | Tensor,
         max_new_tokens: int,
         sampling: Sampling | None = None,
         *,
@@ -73,8 +77,8 @@ class TokenEngine(ABC):
         """Continue every prompt; more prompts than slots wait for a free one.
 
         Args:
-            prompts: token ids; prompt i is record i, which with the seed decides its random
-                numbers.
+            prompts: lists of token ids, or an integer tensor [n, T]; prompt i is record i, which
+                with the seed decides its random numbers.
             max_new_tokens: tokens to add at most; ``max_len`` bounds prompt and continuation
                 together.
             sampling: None takes the most likely token each time.
@@ -83,12 +87,18 @@ class TokenEngine(ABC):
 
         Returns:
             One completion per prompt, in their order.
+
+        Raises:
+            InvalidArgumentType: prompts or a sampling of another type. InvalidArgument: a prompt
+                that is empty or too long, or an id outside the vocabulary.
         """
         if max_new_tokens < 1:
             raise InvalidArgument(f"max_new_tokens: {max_new_tokens} must be at least 1")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise InvalidArgumentType(f"sampling: expected Sampling, got {type(sampling).__name__}")
         requests = [
-            Request(index, tuple(prompt), min(len(prompt) + max_new_tokens, self.max_len))
-            for index, prompt in enumerate(prompts)
+            Request(index, prompt, min(len(prompt) + max_new_tokens, self.max_len))
+            for index, prompt in enumerate(_token_ids(prompts))
         ]
         for request in requests:  # before any token is computed
             check_request(request, self.max_len, self.vocab_size)
@@ -98,3 +108,26 @@ class TokenEngine(ABC):
             (done for step in steps for done in step),
             key=lambda completion: completion.request.record,
         )
+
+
+def _token_ids(prompts: Any) -> list[tuple[int, ...]]:
+    """The ids of every prompt; whether they are in the vocabulary is checked later.
+
+    Raises:
+        InvalidArgumentType: not a list of lists, nor an integer tensor [n, T].
+    """
+    wanted = "prompts: expected a list of lists of token ids"
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2 or prompts.dtype not in ID_DTYPES:
+            raise InvalidArgumentType(
+                f"{wanted} or an integer tensor [n, T], got {prompts.dtype} {tuple(prompts.shape)}"
+            )
+        prompts = prompts.tolist()
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise InvalidArgumentType(f"{wanted}, got {type(prompts).__name__}")
+    ids: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if isinstance(prompt, (str, bytes, Mapping, Tensor)) or not isinstance(prompt, Iterable):
+            raise InvalidArgumentType(f"{wanted}, got one of {type(prompt).__name__}")
+        ids.append(tuple(prompt))
+    return ids

@@ -16,7 +16,7 @@ from ..checks import (
     check_tensor,
     scale_shape,
 )
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, InvalidArgumentType
 
 ops = torch.ops.llmqat
 
@@ -91,7 +91,13 @@ def fake_quantize(
 
 def check_clip(ste_clip: float | None) -> float | None:
     """``ste_clip`` itself, if it is None or positive."""
-    if ste_clip is not None and not ste_clip > 0:
+    if ste_clip is None:
+        return None
+    if isinstance(ste_clip, bool) or not isinstance(ste_clip, (int, float)):
+        raise InvalidArgumentType(
+            f"ste_clip: expected a number or None, got {type(ste_clip).__name__}"
+        )
+    if not ste_clip > 0:
         raise InvalidArgument(
             f"ste_clip: {ste_clip} must be positive; use None to pass every gradient"
         )
@@ -122,6 +128,9 @@ def quantize_integer_groups(
 def pack_int4(codes: Tensor) -> Tensor:
     """int8 codes [..., C] in [-7, 7] -> uint8 [..., ceil(C / 2)], low nibble = even column (spec
     8).
+
+    Values are not checked: one outside -8..7 wraps to its low 4 bits (8 unpacks as -8), and -8,
+    which no quantizer writes, stays -8.
     """
     check_tensor("codes", codes, (torch.int8,))
     return ops.pack_int4(codes)

@@ -18,6 +18,8 @@ from .rows import GatedRows, QuantizedRows
 from .weight_codes import QuantizedWeight, WeightCodes
 
 SCALE_DTYPES = (torch.bfloat16, torch.float32, torch.uint8)
+FLOAT_BITS = (16, 32)
+"""How settings write an operand that is not quantized."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class LinearBits:
             a group's scale is a whole multiple, 1 to 63, of one bfloat16 scale a row (spec 18), so
             that a product is one integer sum. Groups and w_bits of at most 4 only.
         ste_clip: gradients are zero where |x| >= ste_clip; None passes all.
+
+    Raises:
+        InvalidArgument, InvalidArgumentType: w_bits or a_bits that are no integers of 2..8; 16 and
+            32 describe floats, which no linear here takes.
     """
 
     w_bits: int
@@ -38,6 +44,11 @@ class LinearBits:
     group_size: int = -1
     scale_dtype: torch.dtype = torch.bfloat16
     ste_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, bits in (("w_bits", self.w_bits), ("a_bits", self.a_bits)):
+            if bits not in FLOAT_BITS:
+                check_bits(name, bits)
 
     @property
     def integer_scales(self) -> bool:
@@ -72,6 +83,7 @@ class QATLinear(nn.Linear):
         bits: widths and options.
 
     Raises:
+        InvalidArgumentType: bits that are no :class:`LinearBits`.
         InvalidArgument: bits out of 2..8, a group size that does not divide the columns, or integer
             scales without groups, with more than 4 bits or 38,342 columns.
     """
@@ -99,7 +111,8 @@ class QATLinear(nn.Linear):
         """Turn `linear` itself into a QATLinear: same object, parameters, hooks and names.
 
         Raises:
-            InvalidArgumentType: not exactly an `nn.Linear`. InvalidArgument: as the constructor.
+            InvalidArgumentType: not exactly an `nn.Linear`, or as the constructor. InvalidArgument:
+                as the constructor.
         """
         if type(linear) is not nn.Linear:
             raise InvalidArgumentType(
@@ -143,8 +156,14 @@ class QATLinear(nn.Linear):
         autocast: the autocast dtype).
 
         Raises:
-            InvalidArgument: rows of other bits than this linear's a_bits.
+            InvalidArgumentType: x of another type. InvalidArgument: rows of other bits than this
+                linear's a_bits.
         """
+        if not isinstance(x, (Tensor, QuantizedRows, GatedRows)):
+            raise InvalidArgumentType(
+                f"x: expected a Tensor or QuantizedRows, got {type(x).__name__}; a QuantizedRMSNorm"
+                " returns (rows, sum)"
+            )
         bits = self.bits
         w = self.quantized_weight()
         parameters = self.weight, self.bias
@@ -188,7 +207,14 @@ class QATLinear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+def check_linear_bits(bits: object) -> None:
+    """InvalidArgumentType: not a :class:`LinearBits` (a bare number)."""
+    if not isinstance(bits, LinearBits):
+        raise InvalidArgumentType(f"bits: expected LinearBits, got {type(bits).__name__}")
+
+
 def _check(in_features: int, bits: LinearBits) -> None:
+    check_linear_bits(bits)
     check_bits("w_bits", bits.w_bits)
     check_bits("a_bits", bits.a_bits)
     check_group_size(in_features, bits.group_size)

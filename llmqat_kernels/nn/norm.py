@@ -12,7 +12,7 @@ import llmqat_kernels as qk
 from ..autocast import autocast_input
 from ..errors import InvalidArgumentType
 from .adoption import become
-from .linear import LinearBits
+from .linear import LinearBits, check_linear_bits
 from .rows import QuantizedRows
 
 
@@ -68,6 +68,9 @@ class QuantizedRMSNorm(_Norm):
 
     Args:
         size: K. bits: of the linears that read the result. eps: added to the mean square.
+
+    Raises:
+        InvalidArgumentType: bits that are no :class:`LinearBits`.
     """
 
     bits: LinearBits
@@ -81,6 +84,7 @@ class QuantizedRMSNorm(_Norm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_linear_bits(bits)
         super().__init__(size, eps, device=device, dtype=dtype)
         self.bits = bits
 
@@ -90,9 +94,11 @@ class QuantizedRMSNorm(_Norm):
         object, parameter, hooks and name.
 
         Raises:
-            InvalidArgumentType: no such weight, or another parameter (a bias) that would not act.
+            InvalidArgumentType: no such weight, another parameter (a bias) that would not act, or
+                bits that are no :class:`LinearBits`.
         """
         _check_adoptable(norm)
+        check_linear_bits(bits)
         return become(norm, cls, bits=bits, eps=eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[QuantizedRows, Tensor]:

@@ -12,6 +12,12 @@ from .linear import TakesRows
 from .rows import GatedRows, QuantizedRows
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FITTING = (
+    (("gate_proj", "in"), ("up_proj", "in")),
+    (("gate_proj", "out"), ("up_proj", "out")),
+    (("gate_proj", "out"), ("down_proj", "in")),
+)
+"""Numbers of features that must be the same; a linear may lack the attribute."""
 
 
 class QuantizedSwiGLU(nn.Module):
@@ -20,11 +26,11 @@ class QuantizedSwiGLU(nn.Module):
 
     Args:
         gate_proj, up_proj, down_proj: linears that take rows (:class:`QATLinear`); gate and up with
-            the same a_bits.
+            the same a_bits and features, down reading as many.
 
     Raises:
         InvalidArgumentType: one of them takes no rows. InvalidArgument: a_bits of gate and up
-            differ.
+            differ, or features that do not fit.
     """
 
     gate_proj: TakesRows
@@ -56,7 +62,7 @@ class QuantizedSwiGLU(nn.Module):
 
 
 def _check_projections(mlp: nn.Module) -> None:
-    """The children of `mlp` take rows, gate and up the same ones."""
+    """The children of `mlp` take rows, gate and up the same ones, and their features fit."""
     children: list[Any] = [getattr(mlp, name, None) for name in PROJECTIONS]
     for name, child in zip(PROJECTIONS, children, strict=True):
         if not hasattr(child, "bits"):
@@ -67,3 +73,13 @@ def _check_projections(mlp: nn.Module) -> None:
             f"mlp: gate_proj has a_bits {gate} and up_proj {up}; they read the same codes, so give"
             " them the same"
         )
+    for (first, its), (second, other) in FITTING:
+        sizes = (
+            getattr(getattr(mlp, first), f"{its}_features", None),
+            getattr(getattr(mlp, second), f"{other}_features", None),
+        )
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise InvalidArgument(
+                f"mlp: {first} has {its}_features {sizes[0]} and {second} {other}_features"
+                f" {sizes[1]}; give them the same"
+            )

@@ -269,6 +269,52 @@ def test_errors_name_the_argument():
         qnn.QuantizedSwiGLU(linear(), linear(bits=qnn.LinearBits(4, 4)), linear(10, 24))
 
 
+def test_what_a_linear_and_a_norm_take():
+    norm, layer = qnn.QuantizedRMSNorm(24, W4A8), linear()
+    for wrong, name in ((norm(torch.randn(2, 24)), "tuple"), ([1.0], "list"), (None, "NoneType")):
+        says = rf"^x: expected a Tensor or QuantizedRows, got {name}; .* returns \(rows, sum\)$"
+        with pytest.raises(InvalidArgumentType, match=says):
+            layer(wrong)
+    for call in (
+        lambda: qnn.QATLinear(64, 32, bits=4),
+        lambda: qnn.QATLinear.adopt(nn.Linear(64, 32), 4),
+        lambda: qnn.QuantizedRMSNorm(64, 4),
+        lambda: qnn.QuantizedRMSNorm.adopt(nn.LayerNorm(64, bias=False), 4, 1e-5),
+    ):
+        with pytest.raises(InvalidArgumentType, match=r"^bits: expected LinearBits, got int$"):
+            call()
+
+
+def test_bits_are_checked_where_they_are_written():
+    for options, error, name in (
+        ((1, 8), InvalidArgument, "w_bits"),
+        ((4, 9), InvalidArgument, "a_bits"),
+        (("4", 8), InvalidArgumentType, "w_bits"),
+        ((4, True), InvalidArgumentType, "a_bits"),
+    ):
+        with pytest.raises(error, match=f"^{name}: "):
+            qnn.LinearBits(*options)
+
+
+@pytest.mark.parametrize(
+    "gate, up, down, says",
+    [
+        ((24, 96), (24, 80), (96, 24), "gate_proj has out_features 96 and up_proj out_features 80"),
+        ((24, 96), (16, 96), (96, 24), "gate_proj has in_features 24 and up_proj in_features 16"),
+        ((24, 96), (24, 96), (80, 24), "gate_proj has out_features 96 and down_proj in_features"),
+    ],
+)
+def test_swiglu_refuses_features_that_do_not_fit(gate, up, down, says):
+    parts = [qnn.QATLinear(*sizes, bits=W4A8) for sizes in (gate, up, down)]
+    with pytest.raises(InvalidArgument, match=f"^mlp: {says}"):
+        qnn.QuantizedSwiGLU(*parts)
+    mlp = nn.Module()
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = parts
+    with pytest.raises(InvalidArgument, match=f"^mlp: {says}"):
+        qnn.QuantizedSwiGLU.adopt(mlp)
+    assert type(mlp) is nn.Module
+
+
 @pytest.mark.parametrize(
     "norm, says",
     [

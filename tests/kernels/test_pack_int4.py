@@ -37,6 +37,12 @@ def test_strided_input(backend):
     assert_same_bits(qk.pack_int4(codes.t()), qk.pack_int4(codes.t().contiguous()))
 
 
+def test_values_outside_wrap_to_their_low_four_bits(backend):
+    codes = torch.arange(-128, 128).to(torch.int8).reshape(16, 16)
+    low = (codes.to(torch.int16) + 8) % 16 - 8
+    assert_same_bits(qk.unpack_int4(qk.pack_int4(codes)), low.to(torch.int8))
+
+
 def test_bad_arguments(backend):
     packed = torch.zeros(2, 4, dtype=torch.uint8)
     with pytest.raises(qk.InvalidArgument, match="columns"):

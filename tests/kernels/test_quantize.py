@@ -189,6 +189,12 @@ def test_bad_dequantize_arguments(backend):
         qk.dequantize(codes, scale, dtype=torch.int8)
     with pytest.raises(qk.InvalidArgument, match="ste_clip"):
         qk.fake_quantize(torch.ones(2, 8), 8, ste_clip=-math.inf)
+    for clip, kind in (("a", "str"), (True, "bool"), ([1.0], "list")):
+        with pytest.raises(
+            qk.InvalidArgumentType, match=f"^ste_clip: expected a number or None, got {kind}$"
+        ):
+            qk.fake_quantize(torch.ones(2, 8), 8, ste_clip=clip)
+    assert qk.fake_quantize(torch.ones(2, 8), 8, ste_clip=2).shape == (2, 8)
 
 
 def test_instruction_sets_agree_on_many_elements(isa):

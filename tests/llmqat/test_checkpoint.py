@@ -95,6 +95,25 @@ def test_dtype_arguments_leave_codes_and_scales_alone(tmp_path):
             call()
 
 
+def test_dtype_by_name(tmp_path):
+    save_pretrained(tiny_llama(), tmp_path / "m")
+    for name in ("float32", "float16", "bfloat16"):
+        assert from_pretrained(tmp_path / "m", dtype=name).dtype == getattr(torch, name)
+    for wrong in ("float64", "torch.float32", "", 32, []):
+        with pytest.raises(ConfigError, match=r"^dtype: .* is not supported; use float32"):
+            from_pretrained(tmp_path / "m", dtype=wrong)
+
+
+def test_device_is_checked_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1", torch.device("cuda")):
+        with pytest.raises(ConfigError, match=r"^device: .* has no CUDA; use cpu$"):
+            from_pretrained(tmp_path / "none", device=device)
+    for device in ("gpu", "", [], 1.5):
+        with pytest.raises(ConfigError, match=r"^device: .* is not a device; use cpu, cuda"):
+            from_pretrained(tmp_path / "none", device=device)
+
+
 @pytest.mark.parametrize("kind", ["plain", "packed"])
 def test_shards(tmp_path, kind):
     model = tiny_llama(2) if kind == "plain" else packed_llama(seed=2)

@@ -15,6 +15,7 @@ from llmqat.errors import ConfigError
 from llmqat.models.families import find_family, iter_linears
 from llmqat.runtime import Engine, Request, Sampling, run_requests
 from llmqat_kernels import native
+from llmqat_kernels.errors import InvalidArgumentType
 from tests.llmqat.tiny import random_tokens, tiny_llama
 
 SETTINGS = ["16-16-16", "8-8-8", "4-8-4", "4-8-16", "4-6-8", "4-16-16", "16-8-16"]
@@ -277,3 +278,40 @@ def test_screened_engine_ends_a_sequence_without_logits():
     engine = Engine(model, max_slots=2, max_len=16, screen_head=True)
     done = engine.generate([[1, 7], [1, 2]], 4)
     assert done[0].finish_reason == "error" and done[0].new_tokens == []
+
+
+# What generate takes
+
+
+def test_generate_takes_a_tensor_of_prompts():
+    engine, prompts = Engine(tiny_llama()), [[1, 2, 3], [4, 5, 6]]
+    wanted = [done.tokens for done in engine.generate(prompts, 3)]
+    for dtype in (torch.int64, torch.int32):
+        ids = torch.tensor(prompts, dtype=dtype)
+        assert [done.tokens for done in engine.generate(ids, 3)] == wanted
+
+
+@pytest.mark.parametrize(
+    "prompts, got",
+    [
+        ([1, 2, 3], "one of int"),
+        (3, "int"),
+        ("text", "str"),
+        (["text"], "one of str"),
+        ({"input_ids": [[1]]}, "dict"),
+        ([torch.tensor([1, 2])], "one of Tensor"),
+        (torch.tensor([1, 2]), r"torch.int64 \(2,\)"),
+        (torch.ones(1, 2), r"torch.float32 \(1, 2\)"),
+        (torch.ones(1, 2, dtype=torch.bool), r"torch.bool \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_generate_names_what_prompts_are(prompts, got):
+    says = f"^prompts: expected a list of lists of token ids.*, got {got}$"
+    with pytest.raises(InvalidArgumentType, match=says):
+        Engine(tiny_llama()).generate(prompts, 3)
+
+
+def test_generate_names_a_sampling_that_is_none():
+    with pytest.raises(InvalidArgumentType, match=r"^sampling: expected Sampling, got dict$"):
+        Engine(tiny_llama()).generate([[1]], 3, sampling={"seed": 0})
