@@ -111,6 +111,25 @@ def save_pretrained(
     return target
 
 
+def check_replaceable(directory: str | os.PathLike[str], option: str = "--output") -> None:
+    """For commands, before any work: only a packed checkpoint may be replaced by another.
+
+    Raises:
+        ConfigError: the folder holds full-precision or prepared weights, or what cannot be read.
+    """
+    path = Path(directory) / CONFIG
+    if not path.exists():
+        return
+    try:
+        stage = json.loads(path.read_bytes())["llmqat"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        stage = "full-precision"
+    if stage != PACKED:
+        raise ConfigError(
+            f"{option}: {directory} holds a {stage} model, which would be lost; name another folder"
+        )
+
+
 def _target(directory: str | os.PathLike[str]) -> Path:
     """The folder to replace: no link, and nothing that cannot be renamed."""
     target = Path(directory).resolve()

@@ -60,8 +60,11 @@ def verify_export(
     model.eval()
     try:
         with torch.no_grad():
-            expected = model(tokens.to(device)).logits
-            got = loaded.to(device)(tokens.to(device)).logits
+            # The mask says that ids which happen to be the padding id are no padding.
+            tokens = tokens.to(device)
+            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            expected = model(**inputs).logits
+            got = loaded.to(device)(**inputs).logits
     finally:
         model.train(was_training)
     if not _same_bits(expected, got):

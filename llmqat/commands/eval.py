@@ -6,8 +6,9 @@ import json
 import math
 from typing import Any
 
+from llmqat.config import QATConfig
 from llmqat.eval.arguments import EvalArguments
-from llmqat.eval.run import evaluate
+from llmqat.eval.run import QUANTIZERS, evaluate
 from llmqat.eval.tasks.catalog import TASKS
 from llmqat.train.arguments import QuantArguments
 
@@ -42,7 +43,12 @@ def _stage(result: dict[str, Any]) -> str:
         if result["group_size"] in (None, -1)
         else f", groups of {result['group_size']}, {result['weight_scale_dtype']} scales"
     )
-    return str(result["stage"]) + ("" if rank is None else f" with rank {rank}") + groups
+    unusual = "".join(
+        f", {name.replace('_', '-')} {result[name]}"
+        for name in QUANTIZERS
+        if result[name] not in (None, getattr(QATConfig, name))
+    )
+    return str(result["stage"]) + ("" if rank is None else f" with rank {rank}") + groups + unusual
 
 
 def _text_line(result: dict[str, Any], text: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from llmqat.checkpoint import save_pretrained, verify_export
 from llmqat.checkpoint.load import inspect
 from llmqat.checkpoint.released import import_released
+from llmqat.checkpoint.save import check_replaceable
 from llmqat.config import QATConfig
 from llmqat.convert import convert
 from llmqat.errors import ConfigError
@@ -90,6 +91,7 @@ def run(arguments: ExportArguments) -> None:
     a = arguments
     if Path(a.output).resolve() == Path(a.model).resolve():
         raise ConfigError(f"output: {a.output} is the model's own folder; name another one")
+    check_replaceable(a.output)
     dtype = None if a.dtype is None else parse_dtype(a.dtype)
     requested = _requested(a)
     model = load_model(a.model, dtype=None, device=parse_device(a.device))

@@ -35,7 +35,9 @@ MIB = 2**20
 class GenerateDataArguments:
     """Options of ``llmqat generate-data``."""
 
-    model: str = field(metadata={"help": "Teacher: a folder with a LLaMA of transformers."})
+    model: str = field(
+        metadata={"help": "Teacher: a folder with a LLaMA, Mistral, Qwen2, Qwen3 or GPT-2 model."}
+    )
     output: str = field(metadata={"help": "Folder of the records; a second run continues there."})
     num_records: int | None = field(
         default=None,

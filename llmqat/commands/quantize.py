@@ -15,6 +15,7 @@ from torch import nn
 from llmqat.checkpoint import save_pretrained, verify_export
 from llmqat.checkpoint.format import TORCH_DTYPES
 from llmqat.checkpoint.load import inspect
+from llmqat.checkpoint.save import check_replaceable
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError
 from llmqat.ptq import BlockJournal, smooth
@@ -106,6 +107,8 @@ def quantize(arguments: QuantizeArguments, config: QATConfig | None) -> dict[str
         raise ConfigError(f"--output: {a.output} is the model's own folder; name another one")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {a.output} is a file; name a folder")
+    if not a.keep_float:  # the earlier result of --keep-float is a full-precision model itself
+        check_replaceable(output)
     dtype = None if a.dtype is None else parse_dtype(a.dtype)
     compute_dtype = parse_dtype(a.compute_dtype, "--compute-dtype")
     device = parse_device(a.device)

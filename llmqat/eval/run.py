@@ -24,6 +24,15 @@ from llmqat.runtime.loading import load_tokenizer, parse_device, parse_dtype, se
 from llmqat.train.run import announce_backend
 
 OFF = "16-16-16"
+QUANTIZERS = (
+    "w_quantizer",
+    "a_quantizer",
+    "kv_quantizer",
+    "numerics",
+    "a_group_size",
+    "a_group_axis",
+)
+"""Fields of the configuration that one setting may differ in besides scales and KV mode."""
 
 
 def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, Any]:
@@ -39,6 +48,7 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
             that does not fit.
     """
     a = arguments
+    _check_output(a.output)
     device = parse_device(a.device)
     dtype = parse_dtype(a.dtype)
     set_threads(a.threads)
@@ -57,7 +67,7 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
         "setting": loaded.config.setting if loaded.config is not None else OFF,
         **{
             name: getattr(loaded.config, name) if loaded.config is not None else None
-            for name in ("kv_mode", "group_size", "weight_scale_dtype")
+            for name in ("kv_mode", "group_size", "weight_scale_dtype", *QUANTIZERS)
         },
         "stage": loaded.stage,
         "method": a.method,
@@ -95,6 +105,17 @@ def evaluate(arguments: EvalArguments, config: QATConfig | None) -> dict[str, An
     elif a.output is not None:
         io.write_json(a.output, result)
     return result
+
+
+def _check_output(output: str | None) -> None:
+    """Before hours of work: ConfigError if a result cannot be written there."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(f"--output: {path} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {path.absolute().parent}; make it first")
 
 
 def _suite(a: EvalArguments) -> TaskSuite | None:

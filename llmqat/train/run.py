@@ -24,6 +24,7 @@ from torch import nn
 import llmqat_kernels
 from llmqat import io
 from llmqat.checkpoint import save_pretrained
+from llmqat.checkpoint.format import CONFIG
 from llmqat.config import QATConfig
 from llmqat.convert import prepare, state_of
 from llmqat.data.dataset import PackedDataset
@@ -97,6 +98,7 @@ def train(arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
     with ExitStack() as lock:
 
         def open_run() -> dict[str, Any]:
+            _check_output(output, arguments)
             io.make_dir(output)
             lock.enter_context(io.Lock(output / _LOCK))
             return _open_record(output, arguments, config)
@@ -118,6 +120,44 @@ def train(arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
         return record
 
 
+_NAMED = ("model", "teacher", "data")
+"""Options that name folders: what is in them has to be the same, not what they are called."""
+
+
+def _check_output(output: Path, arguments: TrainArguments) -> None:
+    """ConfigError if a student there would take the place of what the run reads, or of a model."""
+    for name in _NAMED:
+        source = getattr(arguments, name)
+        if source is not None and Path(source).resolve() == output.resolve():
+            raise ConfigError(f"--output: {output} is the folder of --{name}; name another one")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output: {output} is a file; name a folder")
+    if (output / CONFIG).exists() and not (output / RUN_FILE).exists():
+        raise ConfigError(f"--output: {output} holds a model already; name another folder")
+
+
+def _digests(arguments: TrainArguments) -> dict[str, str | None]:
+    """What the models of a run are, wherever they lie: the student's beginning and the teacher."""
+    folders = {"model": arguments.model, "teacher": arguments.teacher}
+    for name, folder in folders.items():
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"--{name}: {folder} is not a folder; name a local model folder")
+        if folder is not None and not (Path(folder) / CONFIG).is_file():
+            raise ConfigError(f"--{name}: {folder} has no {CONFIG}; name a model folder")
+    return {name: folder and teacher_digest(folder) for name, folder in folders.items()}
+
+
+def _check_models(record: dict[str, Any], output: Path, arguments: TrainArguments) -> None:
+    """ConfigError if a model of the run in `output` is another one now."""
+    before = record["models"]
+    for name, digest in _digests(arguments).items():
+        if digest != before[name]:
+            raise ConfigError(
+                f"--{name}: {getattr(arguments, name)} is not the one that the run in {output}"
+                " began with; resume with the same"
+            )
+
+
 def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
     """The record of this run: the one in `output` when resuming, a new one otherwise."""
     path = output / RUN_FILE
@@ -132,6 +172,7 @@ def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> 
             "command": "train",
             "status": _RUNNING,
             "processes": sharding.processes(),
+            "models": _digests(arguments),
             **identity,
         }
     if not arguments.resume:
@@ -145,7 +186,12 @@ def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> 
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged; choose another folder") from error
     before = {**_defaults(), **before}
+    by_content = "models" in record  # not in a record of before 0.1.0
+    if by_content:
+        _check_models(record, output, arguments)
     for name, value in {**identity["arguments"], **identity["config"]}.items():
+        if by_content and name in _NAMED:
+            continue
         if name not in before or before[name] != value:
             option = name.replace("_", "-")
             raise ConfigError(

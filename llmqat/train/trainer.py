@@ -23,8 +23,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from llmqat.errors import ConfigError
-from llmqat.models.heads import last_hidden, plain_head
+from llmqat.models.heads import last_hidden
 from llmqat.train import resume, sharding
+from llmqat.train.checks import check_data, check_pair, check_saved, check_student
 from llmqat.train.health import HealthMonitor
 from llmqat.train.losses import IGNORED_LABEL, Loss, LossInputs, find_loss
 from llmqat.train.metrics import MetricsLog, TermMeans, read_metrics, write_curve
@@ -56,6 +57,7 @@ def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
         "per_device_train_batch_size": 1,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a diverged run must show, and stop
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "save_strategy": "steps",
         "save_steps": 2000,
         "remove_unused_columns": False,
@@ -85,8 +87,8 @@ class QATTrainer(Trainer):
         health_steps: steps between health reports; 0 for none.
 
     Raises:
-        ConfigError: student not in fp32, no plain head on either model, missing teacher, different
-            vocabularies, fp16, or several GPUs in one process.
+        ConfigError: student not prepared or not in fp32, no plain head on either model, missing
+            teacher, different vocabularies, no data, fp16, or several GPUs in one process.
     """
 
     def __init__(
@@ -113,15 +115,16 @@ class QATTrainer(Trainer):
             raise ConfigError(
                 "device: several GPUs in one process; use torchrun or CUDA_VISIBLE_DEVICES"
             )
-        _check_student(model)
+        check_student(model)
+        check_data(train_dataset, model)
         if not self.loss.needs_teacher:
             teacher = None
         elif SAVED_TOKENS in train_dataset[0]:
-            _check_saved(self.loss, teacher)
+            check_saved(self.loss, teacher)
         elif teacher is None:
             raise ConfigError(f"teacher: loss {loss} needs one; give a model, or use loss label")
         else:
-            _check_pair(model, teacher)
+            check_pair(model, teacher)
         self._observers: list[BlockObserver] = []
         if teacher is not None and self.loss.watches():
             self._observers = _observe(self.loss, model, teacher, layers)
@@ -326,41 +329,6 @@ class _Progress(ProgressCallback):
         bar: tqdm[Any] | None = self.training_bar
         if bar is not None and logs and "loss" in logs:
             bar.set_postfix_str(f"loss {logs['loss']:.4f}", refresh=False)
-
-
-def _check_student(model: nn.Module) -> None:
-    plain_head("student", model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"student: {name} is {dtype}, too coarse to hold its updates;"
-                " load it in float32 (bf16 autocast is an option of the training)"
-            )
-
-
-def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    own, other = (
-        plain_head(role, model) for role, model in (("student", student), ("teacher", teacher))
-    )
-    if teacher is student or own.weight is other.weight:
-        raise ConfigError("teacher: shares its weights with the student; load it a second time")
-    if own.weight.shape[0] != other.weight.shape[0]:
-        raise ConfigError(
-            f"teacher: vocabulary of {other.weight.shape[0]}, but the student has"
-            f" {own.weight.shape[0]}; they must be equal"
-        )
-
-
-def _check_saved(loss: Loss, teacher: nn.Module | None) -> None:
-    """A saved teacher has its probabilities and nothing else."""
-    if teacher is not None:
-        raise ConfigError("teacher: the data has a saved one already; give only one of them")
-    if loss.watches():
-        raise ConfigError(
-            f"loss: {loss.name} compares the blocks of a loaded teacher; saved teacher logits serve"
-            " logits and label+logits"
-        )
 
 
 def _observe(

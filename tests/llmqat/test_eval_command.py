@@ -12,6 +12,7 @@ import llmqat
 import llmqat_kernels as qk
 from llmqat import QATConfig, cli
 from llmqat.eval.perplexity import perplexity
+from llmqat.eval.run import QUANTIZERS
 from tests.llmqat.tiny import tiny_llama
 
 VOCAB, TOKENS = 128, 300
@@ -96,6 +97,41 @@ def test_the_record_says_which_scales(folders, text, capsys):
     assert (record["group_size"], record["weight_scale_dtype"]) == (8, "integer")
     assert cli.main(["eval", *map(str, common)]) == 0
     assert "groups of 8, integer scales" in capsys.readouterr().out
+
+
+def test_where_no_result_can_be_written(folders, text, tmp_path, capsys):
+    """It is said before the work, not after it."""
+    common = ("eval", "--model", "nowhere", "--text", str(text), "--output")
+    for output, words in ((tmp_path, "is a folder"), (tmp_path / "a" / "b.json", "is no folder")):
+        assert cli.main([*common, str(output)]) == 1
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"w_quantizer": "statsq", "a_quantizer": "lsq", "kv_quantizer": "asymmetric"},
+        {"a_group_size": 8, "a_group_axis": "channel_per_token"},
+        {"numerics": "official"},
+        {},
+    ],
+)
+def test_the_record_and_the_line_say_which_quantizers(folders, text, capsys, changes):
+    common = ["--model", folders / "plain", "--text", text, "--seq-len", 32, "--bits", "4-8-8"]
+    for name, value in changes.items():
+        common += [f"--{name.replace('_', '-')}", value]
+    record = _json(capsys, *common)
+    assert {name: record[name] for name in QUANTIZERS} == {
+        name: changes.get(name, getattr(QATConfig, name)) for name in QUANTIZERS
+    }
+    assert cli.main(["eval", *map(str, common)]) == 0
+    said = "".join(f", {name.replace('_', '-')} {value}" for name, value in changes.items())
+    assert f"(rtn{said}, 279 tokens" in capsys.readouterr().out
+
+
+def test_full_precision_has_no_quantizers(folders, text, capsys):
+    record = _json(capsys, "--model", folders / "plain", "--text", text, "--seq-len", 32)
+    assert {record[name] for name in QUANTIZERS} == {None}
 
 
 def test_options(folders, text, capsys):

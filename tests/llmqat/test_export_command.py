@@ -88,6 +88,19 @@ def test_errors(tmp_path, plain, capsys, options, word):
     assert not (tmp_path / "packed").exists()
 
 
+def test_other_models_are_not_replaced(tmp_path, plain, capsys):
+    """Only a packed checkpoint is."""
+    save_pretrained(model(), tmp_path / "float")
+    save_pretrained(prepare(model(), QATConfig.parse("4-8-4")), tmp_path / "qat")
+    for name, stage in (("float", "full-precision"), ("qat", "prepared")):
+        before = (tmp_path / name / "model.safetensors").read_bytes()
+        assert export(plain, tmp_path / name, "--bits", "4-8-8") == 1
+        assert f"holds a {stage} model, which would be lost" in capsys.readouterr().err
+        assert (tmp_path / name / "model.safetensors").read_bytes() == before
+    for _ in range(2):
+        assert export(plain, tmp_path / "packed", "--bits", "4-8-8") == 0
+
+
 def test_wrong_folders(tmp_path, plain, capsys):
     assert export(plain, plain, "--bits", "4-8-8") == 1
     assert "own folder" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,40 @@ def test_a_prepared_model_is_no_start(trained, data, tmp_path, capsys):
 def test_resume_with_other_options(trained, model, data, capsys, change, message):
     assert cli.main(_argv(model, data, trained, "--resume", *change)) == 1
     assert message in capsys.readouterr().err
+
+
+def _copied(folder, tmp_path, name):
+    return Path(shutil.copytree(folder, tmp_path / name))
+
+
+def test_folders_may_move_between_a_run_and_its_resumption(trained, model, data, tmp_path):
+    moved = (_copied(folder, tmp_path, name) for folder, name in ((model, "m"), (data, "d")))
+    assert cli.main(_argv(*moved, trained, "--resume")) == 0
+
+
+def test_another_model_of_the_same_name_is_refused(trained, model, data, tmp_path, capsys):
+    other = _copied(model, tmp_path, "m")
+    llmqat.save_pretrained(tiny_llama(seed=5, tied=True, vocab=VOCAB), other)
+    assert cli.main(_argv(other, data, trained, "--resume")) == 1
+    assert f"--model: {other} is not the one that the run" in capsys.readouterr().err
+    assert cli.main(_argv(model, data, trained, "--resume", "--teacher", str(other))) == 1
+    assert f"--teacher: {other} is not the one that the run" in capsys.readouterr().err
+
+
+def test_a_run_does_not_overwrite_what_it_reads(model, data, tmp_path, capsys):
+    source, records = _copied(model, tmp_path, "m"), _copied(data, tmp_path, "d")
+    before = (source / "model.safetensors").read_bytes()
+    for output, more, words in (
+        (source, (), f"--output: {source} is the folder of --model"),
+        (records, (), f"--output: {records} is the folder of --data"),
+        (source / ".." / "m", (), "is the folder of --model"),
+        (_copied(model, tmp_path, "t"), ("--teacher", str(tmp_path / "t")), "folder of --teacher"),
+        (_copied(model, tmp_path, "o"), (), "holds a model already; name another folder"),
+    ):
+        assert cli.main(_argv(source, records, output, *more)) == 1
+        assert words in capsys.readouterr().err
+        assert not (output / "llmqat_run.json").exists()
+    assert (source / "model.safetensors").read_bytes() == before
 
 
 def test_resume_with_other_steps_between_checkpoints(trained, model, data, tmp_path, monkeypatch):

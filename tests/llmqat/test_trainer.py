@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmqat.config import QATConfig
-from llmqat.convert import prepare, state_of
+from llmqat.convert import convert, prepare, state_of
 from llmqat.errors import ConfigError
 from llmqat.train import QATTrainer, training_arguments
 from llmqat.train.losses import TERMS, Term, find_loss
@@ -187,19 +187,41 @@ def _headless():
     return model
 
 
+def _student():
+    return prepare(tiny_llama(), CONFIG)
+
+
+class Rows(tuple):
+    """A data set of the rows it is given; true when it is empty."""
+
+    def __new__(cls, *rows):
+        return super().__new__(cls, rows)
+
+    def __bool__(self):
+        return True
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda: {"student": prepare(tiny_llama(), CONFIG).bfloat16()}, "is bfloat16.*in float32"),
         (lambda: {"student": _headless()}, "student: .* has no plain linear head"),
-        (lambda: {"teacher": _headless(), "student": tiny_llama()}, "teacher: .* no plain linear"),
-        (lambda: {"teacher": tiny_llama(vocab=64), "student": tiny_llama()}, "vocabulary of 64"),
+        (lambda: {"teacher": _headless(), "student": _student()}, "teacher: .* no plain linear"),
+        (lambda: {"teacher": tiny_llama(vocab=64), "student": _student()}, "vocabulary of 64"),
+        (lambda: {"student": tiny_llama()}, r"nothing of it is quantized; call llmqat\.prepare"),
+        (lambda: {"student": convert(_student())}, "student: is converted, an inference form"),
+        (lambda: {"data": Rows()}, "train_dataset: is empty"),
+        (lambda: {"data": Rows({"labels": torch.ones(4)})}, "train_dataset: .* no input_ids"),
+        (
+            lambda: {"data": Rows({"input_ids": torch.full((4,), 10**6)})},
+            "train_dataset: id 1000000 is outside the vocabulary",
+        ),
         (lambda: {"loss": "kl"}, "loss: 'kl' is unknown"),
         (lambda: {"loss": "hidden", "loss_layers": "2"}, r"student has blocks 0..1, got \[2\]"),
         (lambda: {"loss": "hidden", "loss_layers": "x"}, "--loss-layers: 'x' is not supported"),
         (lambda: {"loss": "hidden", "loss_layers": "1,1"}, "names a block twice"),
         (
-            lambda: {"loss": "attention", "teacher": tiny_llama(layers=1), "student": tiny_llama()},
+            lambda: {"loss": "attention", "teacher": tiny_llama(layers=1), "student": _student()},
             "the student has 2 and the teacher 1; choose blocks with --loss-layers",
         ),
         (lambda: {"chunk_size": 0}, "chunk_size"),
