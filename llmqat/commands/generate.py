@@ -199,6 +199,8 @@ def describe(result: dict[str, Any]) -> str:
     weights = result["weight_bytes"]
     sizes = ", ".join(f"{name} {weights[name] / MIB:.1f}" for name in weights if name != "total")
     mode = "" if result["kv_bits"] == 16 else f" {result['kv_mode']}"
+    if mode and "transformers" in result["backends"]:
+        mode += " values, held as floats,"
     return (
         f"{result['new_tokens']} tokens at {result['tokens_per_second']:.1f} tok/s"
         f" ({result['threads']} threads; {result['prompt_tokens']} prompt tokens in"

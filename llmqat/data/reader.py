@@ -90,6 +90,8 @@ def open_parts(
     folder: Path, allow_missing: bool, format: str = FORMAT
 ) -> tuple[Manifest, list[PartEntry]]:
     """The first manifest of a folder of `format` and every part, checked as `open_dataset` says."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file; name a folder of {format}")
     if not folder.is_dir():
         raise DataError(f"data folder {folder} does not exist")
     manifests = [Manifest.load(path, format) for path in manifest_files(folder)]

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from llmqat.data import Record, RecordWriter
+from llmqat.data import Record, RecordWriter, open_dataset
 from llmqat.data.dataset import PackedDataset, read_documents
 from llmqat.errors import ConfigError, DataError
 
@@ -268,6 +268,12 @@ def test_bad_columns(tmp_path: Path, column: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"a\.parquet") as caught:
         rows(path, tokenizer=word_tokenizer())
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_no_folder_of_records(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a")
+    with pytest.raises(DataError, match=r"text\.txt is a file; name a folder"):
+        open_dataset(tmp_path / "text.txt")
 
 
 def test_missing_paths(tmp_path: Path) -> None:

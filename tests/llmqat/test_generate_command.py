@@ -12,6 +12,7 @@ from llmqat import QATConfig, convert, prepare, save_pretrained
 from llmqat.cli import main
 from llmqat.runtime.loading import stop_ids
 from tests.llmqat.tiny import tiny_llama
+from tests.llmqat.tiny_families import tiny_model
 from tests.llmqat.tiny_tokenizer import save_tokenizer
 
 
@@ -66,6 +67,14 @@ def test_text_is_streamed_and_figures_go_to_stderr(plain, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("w5 w6 w7 ") and len(out.split()) >= 4
     assert "tok/s" in err and "KV cache 4-bit serving" in err and "MiB" in err
+
+
+def test_a_cache_of_floats_is_called_so(tmp_path, plain, capsys):
+    """The engine has no code for GPT-2: transformers' cache holds the rounded values."""
+    model = prepare(tiny_model("gpt2"), QATConfig.parse("4-8-8"))
+    save_pretrained(convert(model), tmp_path / "gpt2", tokenizer=plain)
+    assert command(tmp_path / "gpt2", "--max-new-tokens", "2") == 0
+    assert "KV cache 8-bit paper values, held as floats," in capsys.readouterr().err
 
 
 def test_seed_decides_the_text(plain, capsys):
