@@ -10,6 +10,7 @@ target untouched; a crash between the renames leaves the old checkpoint complete
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -286,6 +287,26 @@ def _replaced_folder(target: Path) -> Iterator[Path]:
     if old.exists():
         _keep_foreign(old, target)
         shutil.rmtree(old)
+        io.fsync_dir(target.parent)
+
+
+def interrupted(directory: str | os.PathLike[str]) -> list[Path]:
+    """Folders that a killed :func:`save_pretrained` moved away from ``directory``."""
+    target = Path(directory).absolute()
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}.old-*"))
+
+
+def finish_interrupted(directory: str | os.PathLike[str]) -> None:
+    """Do the rest of a save that was killed between its renames: the old folder comes back, or
+    gives the new one what is no part of a checkpoint. Nobody else may be writing there.
+    """
+    target = Path(directory).absolute()
+    for old in interrupted(target):
+        if target.exists():
+            _keep_foreign(old, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(old, target)
         io.fsync_dir(target.parent)
 
 

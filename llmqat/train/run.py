@@ -25,6 +25,7 @@ import llmqat_kernels
 from llmqat import io
 from llmqat.checkpoint import save_pretrained
 from llmqat.checkpoint.format import CONFIG
+from llmqat.checkpoint.save import finish_interrupted, interrupted
 from llmqat.config import QATConfig
 from llmqat.convert import prepare, state_of
 from llmqat.data.dataset import PackedDataset
@@ -99,6 +100,10 @@ def train(arguments: TrainArguments, config: QATConfig) -> dict[str, Any]:
 
         def open_run() -> dict[str, Any]:
             _check_output(output, arguments)
+            for old in interrupted(output):
+                with io.Lock(old / _LOCK):  # free, unless the run that is saving is alive
+                    pass
+            finish_interrupted(output)
             io.make_dir(output)
             lock.enter_context(io.Lock(output / _LOCK))
             return _open_record(output, arguments, config)
@@ -132,7 +137,8 @@ def _check_output(output: Path, arguments: TrainArguments) -> None:
             raise ConfigError(f"--output: {output} is the folder of --{name}; name another one")
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output: {output} is a file; name a folder")
-    if (output / CONFIG).exists() and not (output / RUN_FILE).exists():
+    runs = [folder / RUN_FILE for folder in (output, *interrupted(output))]
+    if (output / CONFIG).exists() and not any(run.exists() for run in runs):
         raise ConfigError(f"--output: {output} holds a model already; name another folder")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import llmqat
 from llmqat import cli, io
+from llmqat.checkpoint import save
 from llmqat.data import Record, RecordWriter
 from llmqat.train import resume
 from llmqat.train import run as training
@@ -110,6 +111,40 @@ def test_killed_after_the_last_step(argv, whole, tmp_path):
     with fork(lambda _: _train(argv(tmp_path))) as process:
         assert process.wait() == 0
     _assert_same(tmp_path, whole[0])
+
+
+@pytest.mark.parametrize("moment", ["before the new folder", "before the rest of the old one"])
+def test_killed_while_its_model_takes_its_place(argv, whole, tmp_path, moment):
+    """The run lies in a hidden folder then; it is found, and no step is trained again."""
+    folder, rename = tmp_path / "run", os.rename
+
+    def work(_):
+        def killed(source, target):
+            if ".new-" in str(source):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, target)
+
+        def keep(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if moment == "before the new folder":
+            save.os.rename = killed
+        else:
+            save._keep_foreign = keep
+        _train(argv(folder))
+
+    with fork(work) as process:
+        assert process.wait() == -signal.SIGKILL
+    assert not (folder / training.RUN_FILE).exists() and len(save.interrupted(folder)) == 1
+
+    def resumed(_):
+        training.QATTrainer.training_step = None
+        _train(argv(folder))
+
+    with fork(resumed) as process:
+        assert process.wait() == 0
+    _assert_same(folder, whole[0])
+    assert save.interrupted(folder) == []
 
 
 def test_killed_between_two_durable_writes(argv, whole, tmp_path):
