@@ -70,8 +70,9 @@ def test_a_forward_that_hands_nothing_over():
 def test_eager_attention_is_refused(tmp_path):
     eager = tiny_llama()
     eager.set_attn_implementation("eager")
+    student = prepare(tiny_llama(), QATConfig.parse("4-8-8"))
     with pytest.raises(ConfigError, match="attention needs the teacher in sdpa attention"):
-        build_trainer(tmp_path, loss="attention", student=tiny_llama(), teacher=eager)
+        build_trainer(tmp_path, loss="attention", student=student, teacher=eager)
 
 
 @pytest.mark.parametrize("family", FIELDS)
