@@ -38,6 +38,7 @@ from llmqat.checkpoint.format import (
     quantization_config,
 )
 from llmqat.checkpoint.manifest import check_no_strangers, read_manifest
+from llmqat.checkpoint.save import interrupted
 from llmqat.checkpoint.validate import (
     MAX_INDEX_BYTES,
     PICKLE_SUFFIXES,
@@ -188,7 +189,7 @@ def _folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def _interrupted(folder: Path) -> str:
-    saved = sorted(folder.absolute().parent.glob(f".{folder.name}.old-*")) if folder.name else []
+    saved = interrupted(folder) if folder.name else []
     return (
         f"; a save was interrupted, rename {saved[-1].name} to {folder.name}"
         if saved

@@ -269,29 +269,13 @@ class Forward:
                 self.dtype,
             )
         return (kernel or self.kernels.repacked_matmul)(  # type: ignore[no-any-return]
-            codes,
-            scale,
-            linear.weight,
-            linear.scale,
-            linear.bias,
-            linear.n,
-            linear.w_bits,
-            linear.group_size,
-            self.dtype,
+            codes, scale, *linear.held, *linear.form, self.dtype
         )
 
     def float(self, linear: FusedLinear, x: Tensor) -> Tensor:
         """The float product of spec 17, of a float weight or of the values of codes."""
         if linear.scale is not None:
-            return self.kernels.repacked_linear(  # type: ignore[no-any-return]
-                x,
-                linear.weight,
-                linear.scale,
-                linear.bias,
-                linear.n,
-                linear.w_bits,
-                linear.group_size,
-            )
+            return self.kernels.repacked_linear(x, *linear.held, *linear.form)  # type: ignore[no-any-return]
         return self.kernels.float_matmul(x, linear.weight, linear.bias, linear.n)  # type: ignore[no-any-return]
 
     def _add_integer(
@@ -300,33 +284,15 @@ class Forward:
         """The stream with :meth:`integer` added, or the two for the next norm to add."""
         if "repacked_matmul_add" not in self._joined or linear.multiplier is not None:
             return stream, self.integer(linear, codes, scale)
-        total = self.kernels.repacked_matmul_add(
-            codes,
-            scale,
-            linear.weight,
-            linear.scale,
-            linear.bias,
-            stream,
-            linear.n,
-            linear.w_bits,
-            linear.group_size,
-        )
-        return total, None
+        add = self.kernels.repacked_matmul_add
+        return add(codes, scale, *linear.held, stream, *linear.form), None
 
     def _add(self, stream: Tensor, linear: FusedLinear, x: Tensor) -> Tensor:
         """The stream plus :meth:`linear`."""
         if "repacked_linear_add" not in self._joined or linear.integer or linear.scale is None:
             return stream + self.linear(linear, x)
-        return self.kernels.repacked_linear_add(  # type: ignore[no-any-return]
-            self._input(linear, x),
-            linear.weight,
-            linear.scale,
-            linear.bias,
-            stream,
-            linear.n,
-            linear.w_bits,
-            linear.group_size,
-        )
+        add = self.kernels.repacked_linear_add
+        return add(self._input(linear, x), *linear.held, stream, *linear.form)  # type: ignore[no-any-return]
 
     def _input(self, linear: FusedLinear, x: Tensor) -> Tensor:
         """What a float product multiplies: x, fake-quantized for a weight that is not."""

@@ -53,6 +53,16 @@ class FusedLinear:
     multiplier: Tensor | None = None
 
     @property
+    def held(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, scale and bias, as operators on repacked weights take them."""
+        return self.weight, self.scale, self.bias
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """n, w_bits and group_size, likewise."""
+        return self.n, self.w_bits, self.group_size
+
+    @property
     def integer(self) -> bool:
         """Whether the product is the integer formula of spec 7 or 18."""
         return self.scale is not None and self.a_bits < 16

@@ -192,7 +192,7 @@ def _open_record(output: Path, arguments: TrainArguments, config: QATConfig) -> 
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged; choose another folder") from error
     before = {**_defaults(), **before}
-    by_content = "models" in record  # not in a record of before 0.1.0
+    by_content = "models" in record  # an older record knows paths only
     if by_content:
         _check_models(record, output, arguments)
     for name, value in {**identity["arguments"], **identity["config"]}.items():
