@@ -20,8 +20,8 @@ from typing import NoReturn
 
 from llmqat import __version__
 from llmqat.commands.actions import UsageError, run_action
-from llmqat.commands.recipe import convert, read_recipe, settings
 from llmqat.errors import ConfigError
+from llmqat.recipe import convert, read_recipe, settings
 
 COMMANDS = {
     "generate-data": "let the teacher write its own training text",
@@ -70,6 +70,9 @@ def parse_arguments(command: str, types: Sequence[type], argv: Sequence[str]) ->
         allow_abbrev=False,
     )
     _refuse_in_one_line(parser, command)
+    for option in parser._actions:
+        if isinstance(option, argparse._StoreFalseAction):  # --graphs says both
+            option.help = argparse.SUPPRESS
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of options; the command line wins"
     )

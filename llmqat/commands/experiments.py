@@ -19,6 +19,7 @@ from llmqat.experiments.budgets import Budget, find_budget, load_budgets, parse_
 from llmqat.experiments.cells import Cell, expand, measured
 from llmqat.experiments.costs import shape_of
 from llmqat.experiments.inputs import Inputs, gather, parse_named
+from llmqat.experiments.options import check_values
 from llmqat.experiments.prune import find_models, prune
 from llmqat.experiments.report import titles, write_report
 from llmqat.experiments.results import CellLog, read_cells
@@ -154,6 +155,8 @@ def plan(name: str, arguments: RunArguments) -> tuple[list[Table], Budget, Input
         launch=tuple(shlex.split(a.launch or "")),
     )
     cells = expand(tables, budget, inputs, seeds=a.seed_list(), kv_modes=a.modes(), only=a.only)
+    for stage in in_order(stage for cell in cells for stage in cell.columns.values()):
+        check_values(stage)
     index, count = parse_shard(a.shard)
     return tables, budget, inputs, cells[index::count]
 

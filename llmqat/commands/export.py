@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmqat.checkpoint import save_pretrained, verify_export
-from llmqat.checkpoint.load import inspect
+from llmqat.checkpoint.inspection import inspect
 from llmqat.checkpoint.released import import_released
 from llmqat.checkpoint.save import check_replaceable
 from llmqat.config import QATConfig

@@ -17,6 +17,8 @@ from llmqat.data.store import RecordWriter, parse_shard
 from llmqat.data.teacher import teacher_digest
 from llmqat.errors import ConfigError
 from llmqat.runtime.loading import (
+    check_model_folder,
+    check_positions,
     has_tokenizer,
     load_model,
     load_tokenizer,
@@ -116,6 +118,10 @@ def run(arguments: GenerateDataArguments) -> None:
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = auto if a.dtype == "auto" else parse_dtype(a.dtype)
     set_threads(a.threads)
+    if Path(a.output).exists() and not Path(a.output).is_dir():
+        raise ConfigError(f"--output: {a.output} is a file; name a folder")
+    check_model_folder(a.model)
+    check_positions(a.model, "max-len", a.max_len)
     model = load_model(a.model, dtype=dtype, device=device)
     stops = stop_ids(model)
     tokenizer = load_tokenizer(a.model) if has_tokenizer(a.model) else None

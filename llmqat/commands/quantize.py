@@ -14,7 +14,7 @@ from torch import nn
 
 from llmqat.checkpoint import save_pretrained, verify_export
 from llmqat.checkpoint.format import TORCH_DTYPES
-from llmqat.checkpoint.load import inspect
+from llmqat.checkpoint.inspection import inspect
 from llmqat.checkpoint.save import check_replaceable
 from llmqat.config import QATConfig
 from llmqat.errors import ConfigError

@@ -243,7 +243,8 @@ def fill(
     reasons: Counter[str] = Counter()
     begin, chosen = time.perf_counter(), 0
     bound = len(missing) * (recipe.max_len - 1)  # exact once the records that end early are known
-    with tqdm(total=bound, unit="tok", desc="generate-data", disable=not progress) as bar:
+    hidden = not (progress and missing)
+    with tqdm(total=bound, unit="tok", desc="generate-data", disable=hidden) as bar:
 
         def count(tokens: int) -> None:
             nonlocal chosen

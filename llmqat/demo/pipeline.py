@@ -1,10 +1,8 @@
 """The demonstration: the commands a user would type, run one after the other on a small real model.
 
 Every stage is one ``llmqat`` command in its own process (its memory goes back when it ends) and
-leaves one
-JSON result under ``results/``. A stage whose command and result are already there is not run
-again, so a killed demo
-resumes; ``report.py`` turns the results into tables and plots.
+leaves one JSON result under ``results/``. A stage whose command and result are already there is
+not run again, so a killed demo resumes; ``report.py`` turns the results into tables and plots.
 """
 
 from __future__ import annotations
@@ -141,11 +139,14 @@ def run_stage(stage: Stage, folder: Path) -> dict[str, Any]:
 def run_demo(settings: Settings) -> dict[str, dict[str, Any]]:
     """Every stage in order; returns the results by stage name, assets included."""
     from llmqat.demo.assets import smollm2, wikipedia_text
+    from llmqat.runtime.loading import check_positions
 
     folder = settings.output / "results"
     make_dir(folder)
     start = time.monotonic()
     teacher, text = smollm2(settings.cache), wikipedia_text(settings.cache)
+    check_positions(teacher, "max-len", settings.max_len)
+    check_positions(teacher, "seq-len", settings.seq_len)
     results: dict[str, dict[str, Any]] = {
         "assets": {
             "command": "(convert the packaged model and text)",

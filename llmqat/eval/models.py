@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmqat.checkpoint.format import TORCH_DTYPES
-from llmqat.checkpoint.load import inspect
+from llmqat.checkpoint.inspection import inspect
 from llmqat.config import QATConfig
 from llmqat.convert import prepare
 from llmqat.errors import ConfigError

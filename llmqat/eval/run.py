@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmqat import io
-from llmqat.checkpoint.load import read_architecture
+from llmqat.checkpoint.inspection import read_architecture
 from llmqat.config import QATConfig
 from llmqat.data.dataset import read_texts
 from llmqat.errors import ConfigError

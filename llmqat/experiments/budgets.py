@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import Action as Option
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from llmqat.commands.recipe import convert, settings
 from llmqat.errors import ConfigError
+from llmqat.experiments.options import command_options
+from llmqat.recipe import convert
 
 SECTIONS = {
     "generate": "generate-data",
@@ -141,22 +140,13 @@ def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     return changes
 
 
-@cache
-def _settings(command: str) -> dict[str, Option]:
-    """The options of a command by name."""
-    from transformers import HfArgumentParser
-
-    module = import_module(f"llmqat.commands.{command.replace('-', '_')}")
-    return settings(HfArgumentParser(list(module.ARGUMENTS))._actions)
-
-
 def _checked(section: str, name: str, value: Any) -> Any:
     """A value for an option of a section; null leaves the option out."""
     if section not in SECTIONS:
         raise ConfigError(
             f"--set: {section} is not a section of a budget; use {', '.join(SECTIONS)}"
         )
-    options = _settings(SECTIONS[section])
+    options = command_options(SECTIONS[section])
     if name in FIXED and name in options:
         raise ConfigError(f"--set: {section}.{name} is given by the experiment itself; leave it")
     if name not in options:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmqat.checkpoint import from_pretrained
-from llmqat.checkpoint.load import read_architecture
+from llmqat.checkpoint.inspection import read_architecture
 from llmqat.checkpoint.save import TOKENIZER_FILES
 from llmqat.errors import CheckpointError, ConfigError
 
@@ -66,6 +66,17 @@ def check_model_folder(directory: StrPath) -> None:
         if Path(directory).is_dir():
             raise
         raise ConfigError(f"--model{str(error).removeprefix('directory')}") from error
+
+
+def check_positions(directory: StrPath, option: str, tokens: int) -> None:
+    """Refuse a length beyond the positions of the model in that folder, before it is loaded.
+
+    Raises:
+        ConfigError: `tokens`, given by `option`, are more. CheckpointError: no model of ours.
+    """
+    positions = read_architecture(directory).context
+    if tokens > positions:
+        raise ConfigError(f"--{option}: the model has {positions} positions, got {tokens}")
 
 
 def has_tokenizer(directory: StrPath) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from llmqat.errors import ConfigError
 from llmqat.runtime.transfer import upload
 from llmqat_kernels.dispatch import current_backend, resolve
+from llmqat_kernels.errors import InvalidArgumentType
 
 NO_TOKEN = -1
 """What sampling gives for a row with NaN or without any finite logit."""
@@ -54,9 +55,14 @@ class Sampling:
 class Sampler:
     """Chooses one token per row of logits with ``llmqat_kernels.sample``'s kernel for
     ``device``.
+
+    Raises:
+        InvalidArgumentType: `sampling` is no :class:`Sampling`.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device | str) -> None:
+        if not isinstance(sampling, Sampling):
+            raise InvalidArgumentType(f"sampling: expected Sampling, got {type(sampling).__name__}")
         self.sampling = sampling
         self.device = torch.device(device)
         self.kernel = resolve("sample", self.device.type, current_backend()).kernel

@@ -133,6 +133,7 @@ def run_requests(
         on_step: called with the number of tokens chosen in each step.
 
     Raises:
+        InvalidArgumentType: a sampling of another type.
         InvalidArgument: a request whose prompt is empty, holds a token outside the vocabulary, or
             does not fit its ``max_len`` or the engine's; or the engine was used for something else
             before this run ended.

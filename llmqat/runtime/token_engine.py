@@ -94,8 +94,6 @@ class TokenEngine(ABC):
         """
         if max_new_tokens < 1:
             raise InvalidArgument(f"max_new_tokens: {max_new_tokens} must be at least 1")
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise InvalidArgumentType(f"sampling: expected Sampling, got {type(sampling).__name__}")
         requests = [
             Request(index, prompt, min(len(prompt) + max_new_tokens, self.max_len))
             for index, prompt in enumerate(_token_ids(prompts))

@@ -301,8 +301,8 @@ def repacked_linear_add(
 
 def float_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None, *, n: int) -> Tensor:
     """x [..., K] times a float weight from :func:`repack_weight` -> [..., n]; on CPU a row's
-    result does not
-    depend on the other rows (spec 17)."""
+    result does not depend on the other rows (spec 17).
+    """
     check_tensor("x", x, FLOAT_DTYPES)
     check_bias(bias, n)
     return ops.float_matmul(x, w, bias, n)

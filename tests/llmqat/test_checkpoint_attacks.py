@@ -32,7 +32,7 @@ from checkpoint_attacks import (
 from tiny import tiny_llama
 
 from llmqat.checkpoint import from_pretrained, save_pretrained
-from llmqat.checkpoint.load import inspect
+from llmqat.checkpoint.inspection import inspect
 from llmqat.checkpoint.validate import parse_json, read_header
 from llmqat.config import QATConfig
 from llmqat.convert import convert, prepare

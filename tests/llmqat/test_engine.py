@@ -315,3 +315,5 @@ def test_generate_names_what_prompts_are(prompts, got):
 def test_generate_names_a_sampling_that_is_none():
     with pytest.raises(InvalidArgumentType, match=r"^sampling: expected Sampling, got dict$"):
         Engine(tiny_llama()).generate([[1]], 3, sampling={"seed": 0})
+    with pytest.raises(InvalidArgumentType, match=r"^sampling: expected Sampling, got NoneType$"):
+        next(Engine(tiny_llama()).run([Request(0, (1,), 4)], None))

@@ -11,6 +11,7 @@ from llmqat.errors import ConfigError
 from llmqat.experiments.budgets import find_budget
 from llmqat.experiments.cells import by_need, chain, expand, measured
 from llmqat.experiments.inputs import Inputs
+from llmqat.experiments.options import check_values
 from llmqat.experiments.stages import Source, Stage, Store, in_order
 from llmqat.experiments.tables import load_tables
 
@@ -124,6 +125,7 @@ def test_every_command_parses_at_every_budget(tmp_path):
             if form in seen:
                 continue
             seen.add(form)
+            check_values(stage)
             parsed = parse_arguments(stage.command, module.ARGUMENTS, words[1:])
             if hasattr(parsed[-1], "to_config"):
                 parsed[-1].to_config()

@@ -75,6 +75,22 @@ def test_wrong_usage_is_one_line(arguments, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.lr=nan", "llmqat train (train-4-16-16): --lr: nan is not supported"),
+        ("train.batch_size=0", "--batch-size: 0 is not supported"),
+        ("train.loss_layers=first", "--loss-layers: 'first' is not supported"),
+    ],
+)
+def test_values_are_checked_before_any_stage_runs(words, change, message, tmp_path, capsys):
+    run = ["run", "table2", *words, "--output", str(tmp_path), "--only", "4-16-16-llm-qat"]
+    assert main(["experiments", *run, "--set", change]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fly"], "unknown action 'fly'"),

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 import llmqat_kernels as qk
 from llmqat.cli import main
+from llmqat.commands import generate_data
 from llmqat.data import RecordWriter, open_dataset
 from llmqat.data.generate import (
     Planner,
@@ -259,7 +260,7 @@ def test_command_by_tokens_and_approximate_cache(folder, tmp_path, capsys):
         (("--num-records", "2", "--dtype", "int8"), "dtype"),
         (("--num-records", "2", "--device", "tpu"), "device"),
         (("--num-records", "2", "--strategy", "x"), "strategy"),
-        (("--num-records", "2", "--max-len", "1000"), "max_len"),
+        (("--num-records", "2", "--max-len", "1000"), "--max-len: the model has"),
         (("--num-records", "2", "--max-len", "8", "--kv-bits", "3"), "kv_bits"),
         (("--num-records", "2", "--threads", "0"), "threads"),
     ],
@@ -268,6 +269,16 @@ def test_command_errors(folder, tmp_path, capsys, options, word):
     assert command(folder, tmp_path / "data", *options) == 1
     err = capsys.readouterr().err.strip().splitlines()
     assert word in err[-1] and err[-1].startswith("llmqat generate-data: ")
+
+
+def test_refusals_come_before_the_model_is_loaded(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generate_data, "load_model", lambda *_, **__: pytest.fail("it is loaded"))
+    output = tmp_path / "file"
+    output.touch()
+    assert command(folder, output, "--num-records", "2") == 1
+    assert f"--output: {output} is a file; name a folder" in capsys.readouterr().err
+    assert command(folder, tmp_path / "data", "--num-records", "2", "--max-len", "1000") == 1
+    assert "--max-len: the model has" in capsys.readouterr().err
 
 
 def test_command_without_a_model(tmp_path, capsys):

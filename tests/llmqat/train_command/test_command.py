@@ -1,79 +1,23 @@
-"""`llmqat train` from folders to a folder: a few steps, kills, refusals in one line."""
+"""`llmqat train` from folders to a folder: a few steps, what they leave, refusals in one line."""
 
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import llmqat
 import llmqat_kernels as qk
 from llmqat import cli
 from llmqat.convert import state_of
-from llmqat.data import Record, RecordWriter
 from llmqat.errors import ConfigError
 from llmqat.train.arguments import QuantArguments, TrainArguments
 from llmqat.train.metrics import read_metrics
 from llmqat.train.run import announce_backend
-from tests.llmqat.tiny import random_tokens, tiny_llama
+from tests.llmqat.tiny import tiny_llama
+from tests.llmqat.train_command.command import VOCAB, copied, run_record, short_data, train_argv
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-VOCAB = 128
-
-
-@pytest.fixture(autouse=True)
-def _reference():
-    with qk.use_backend("reference"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny model folder with a word tokenizer."""
-    folder = tmp_path_factory.mktemp("teacher") / "model"
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
-    llmqat.save_pretrained(tiny_llama(tied=True, vocab=VOCAB), folder, tokenizer=tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder of generated records."""
-    folder = tmp_path_factory.mktemp("data")
-    with RecordWriter(folder, {"vocab_size": VOCAB}, records=24) as writer:
-        writer.write([Record(i, random_tokens(i, 1, 20)[0].numpy()) for i in range(24)])
-    return folder
-
-
-def _argv(model, data, output, *more):
-    return [
-        "train", "--model", str(model), "--data", str(data), "--output", str(output),
-        "--bits", "4-8-4", "--kv-mode", "serving", "--lr", "1e-3", "--steps", "6",
-        "--batch-size", "2", "--seq-len", "16", "--save-steps", "2", *more,
-    ]  # fmt: skip
-
-
-def _record(output):
-    return json.loads((output / "llmqat_run.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def trained(model, data, tmp_path_factory):
-    output = tmp_path_factory.mktemp("out") / "qat"
-    with qk.use_backend("reference"):
-        assert cli.main(_argv(model, data, output)) == 0
-    return output
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def test_output_is_a_prepared_checkpoint(trained, model):
@@ -88,7 +32,7 @@ def test_output_is_a_prepared_checkpoint(trained, model):
 
 
 def test_record_and_metrics(trained, model):
-    record = _record(trained)
+    record = run_record(trained)
     assert record["status"] == "complete"
     assert (record["steps"], record["config"]["kv_mode"]) == (6, "serving")
     assert record["arguments"]["model"] == str(model)
@@ -130,49 +74,6 @@ def test_operators_that_plain_torch_runs_on_cuda_are_named(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_complete_run_is_left_alone(trained, model, data, capsys):
-    before = (trained / "model.safetensors").stat().st_mtime_ns
-    assert cli.main(_argv(model, data, trained)) == 1
-    assert "holds a run already; go on with --resume" in capsys.readouterr().err
-    assert cli.main(_argv(model, data, trained, "--resume")) == 0
-    assert (trained / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_killed_process_resumes_to_the_same_model(trained, model, data, tmp_path):
-    """SIGKILL once the first checkpoint is complete, wherever the process is then."""
-    output = tmp_path / "qat"
-    code = "import sys, torch; torch.set_num_threads(1); import llmqat_kernels as qk; "
-    code += "qk.use_backend('reference'); from llmqat.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *_argv(model, data, output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (output / "checkpoint-2" / "llmqat_complete.json").exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert cli.main(_argv(model, data, output, "--resume")) == 0
-    assert _record(output)["status"] == "complete"
-    final, whole = ((o / "model.safetensors").read_bytes() for o in (output, trained))
-    assert final == whole
-    losses = [[e["loss"] for e in read_metrics(o / "metrics.jsonl")] for o in (output, trained)]
-    assert losses[0] == losses[1]
-
-
-def test_interruption_before_anything_is_saved(model, data, tmp_path, monkeypatch):
-    output = tmp_path / "qat"
-    monkeypatch.setattr(llmqat.train.run.QATTrainer, "train", _interrupt)
-    assert cli.main(_argv(model, data, output)) == 130
-    monkeypatch.undo()
-    assert cli.main(_argv(model, data, output, "--resume")) == 0
-
-
-def _interrupt(*_, **__):
-    raise KeyboardInterrupt
-
-
 def test_text_file_and_recipe(model, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i % VOCAB}" for i in range(200)))
@@ -193,7 +94,7 @@ def test_text_file_and_recipe(model, tmp_path, capsys):
 def test_fused_blocks(trained, model, data, tmp_path):
     """The same curve up to rounding, and what is written goes on being fused."""
     output = tmp_path / "out"
-    assert cli.main(_argv(model, data, output, "--fused", "--gradient-checkpointing")) == 0
+    assert cli.main(train_argv(model, data, output, "--fused", "--gradient-checkpointing")) == 0
     student = llmqat.from_pretrained(output)
     assert state_of(student).fused and not state_of(llmqat.from_pretrained(trained)).fused
     curves = [read_metrics(folder / "metrics.jsonl") for folder in (output, trained)]
@@ -209,9 +110,9 @@ def test_another_teacher(model, data, tmp_path):
     firsts = []
     for teacher in (model, other):
         output = tmp_path / f"out-{teacher.name}"
-        argv = _argv(model, data, output, "--teacher", str(teacher), "--steps", "1")
+        argv = train_argv(model, data, output, "--teacher", str(teacher), "--steps", "1")
         assert cli.main(argv) == 0
-        firsts.append(_record(output)["loss"]["first"])
+        firsts.append(run_record(output)["loss"]["first"])
     assert abs(firsts[0] - firsts[1]) > 0.1
 
 
@@ -237,10 +138,10 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_arguments_are_one_line(model, data, tmp_path, capsys, change, message):
-    argv = _argv(model, data, tmp_path / "out", *change)
+    argv = train_argv(model, data, tmp_path / "out", *change)
     data_argument = dict(zip(argv[1::2], argv[2::2], strict=False))["--data"]
     if data_argument == str(data) and change == ("--seq-len", "500"):
-        argv[argv.index("--data") + 1] = str(_short(tmp_path))
+        argv[argv.index("--data") + 1] = str(short_data(tmp_path))
     assert cli.main(argv) == 1
     err = capsys.readouterr().err
     assert message in err
@@ -248,15 +149,9 @@ def test_bad_arguments_are_one_line(model, data, tmp_path, capsys, change, messa
     assert not (tmp_path / "out" / "llmqat_run.json").exists()
 
 
-def _short(folder):
-    path = folder / "short.jsonl"
-    path.write_text(json.dumps({"input_ids": list(range(1, 100))}) + "\n")
-    return path
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_that_is_not_there(model, data, tmp_path, capsys):
-    assert cli.main(_argv(model, data, tmp_path / "out", "--device", "cuda")) == 1
+    assert cli.main(train_argv(model, data, tmp_path / "out", "--device", "cuda")) == 1
     assert "has no CUDA; use cpu" in capsys.readouterr().err
 
 
@@ -269,109 +164,24 @@ def test_bits_are_required(model, data, tmp_path, capsys):
 
 
 def test_a_prepared_model_is_no_start(trained, data, tmp_path, capsys):
-    assert cli.main(_argv(trained, data, tmp_path / "out")) == 1
+    assert cli.main(train_argv(trained, data, tmp_path / "out")) == 1
     assert "is prepared (4-8-4); name a full-precision model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("--lr", "2e-3"), "--lr: 0.002, but the run"),
-        (("--bits", "4-8-8"), "--kv-bits: 8, but the run"),
-        (("--seed", "1"), "--seed: 1, but the run"),
-    ],
-)
-def test_resume_with_other_options(trained, model, data, capsys, change, message):
-    assert cli.main(_argv(model, data, trained, "--resume", *change)) == 1
-    assert message in capsys.readouterr().err
-
-
-def _copied(folder, tmp_path, name):
-    return Path(shutil.copytree(folder, tmp_path / name))
-
-
-def test_folders_may_move_between_a_run_and_its_resumption(trained, model, data, tmp_path):
-    moved = (_copied(folder, tmp_path, name) for folder, name in ((model, "m"), (data, "d")))
-    assert cli.main(_argv(*moved, trained, "--resume")) == 0
-
-
-def test_another_model_of_the_same_name_is_refused(trained, model, data, tmp_path, capsys):
-    other = _copied(model, tmp_path, "m")
-    llmqat.save_pretrained(tiny_llama(seed=5, tied=True, vocab=VOCAB), other)
-    assert cli.main(_argv(other, data, trained, "--resume")) == 1
-    assert f"--model: {other} is not the one that the run" in capsys.readouterr().err
-    assert cli.main(_argv(model, data, trained, "--resume", "--teacher", str(other))) == 1
-    assert f"--teacher: {other} is not the one that the run" in capsys.readouterr().err
-
-
 def test_a_run_does_not_overwrite_what_it_reads(model, data, tmp_path, capsys):
-    source, records = _copied(model, tmp_path, "m"), _copied(data, tmp_path, "d")
+    source, records = copied(model, tmp_path, "m"), copied(data, tmp_path, "d")
     before = (source / "model.safetensors").read_bytes()
     for output, more, words in (
         (source, (), f"--output: {source} is the folder of --model"),
         (records, (), f"--output: {records} is the folder of --data"),
         (source / ".." / "m", (), "is the folder of --model"),
-        (_copied(model, tmp_path, "t"), ("--teacher", str(tmp_path / "t")), "folder of --teacher"),
-        (_copied(model, tmp_path, "o"), (), "holds a model already; name another folder"),
+        (copied(model, tmp_path, "t"), ("--teacher", str(tmp_path / "t")), "folder of --teacher"),
+        (copied(model, tmp_path, "o"), (), "holds a model already; name another folder"),
     ):
-        assert cli.main(_argv(source, records, output, *more)) == 1
+        assert cli.main(train_argv(source, records, output, *more)) == 1
         assert words in capsys.readouterr().err
         assert not (output / "llmqat_run.json").exists()
     assert (source / "model.safetensors").read_bytes() == before
-
-
-def test_resume_with_other_steps_between_checkpoints(trained, model, data, tmp_path, monkeypatch):
-    """Stopped after step 3: the rest is saved, logged and watched at other steps; same numbers."""
-    output, step = tmp_path / "qat", llmqat.train.run.QATTrainer.training_step
-
-    def stop(trainer, *rest, **options):
-        if trainer.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(trainer, *rest, **options)
-
-    monkeypatch.setattr(llmqat.train.run.QATTrainer, "training_step", stop)
-    assert cli.main(_argv(model, data, output)) == 130
-    monkeypatch.undo()
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
-    changed = ["--resume", "--save-steps", "5", "--log-steps", "3", "--health-steps", "0"]
-    assert cli.main(_argv(model, data, output, *changed)) == 0
-    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
-        "checkpoint-5", "checkpoint-6",
-    ]  # fmt: skip
-    entries = read_metrics(output / "metrics.jsonl")
-    assert [entry["step"] for entry in entries] == [1, 2, 3, 5, 6]
-    assert "health/flipped" in entries[1] and "health/flipped" not in entries[3]
-    for name in ("model.safetensors", "checkpoint-6/optimizer.pt"):
-        assert (output / name).read_bytes() == (trained / name).read_bytes(), name
-
-
-def test_damaged_or_missing_record(model, data, tmp_path, capsys):
-    (tmp_path / "llmqat_run.json").write_text("{")
-    assert cli.main(_argv(model, data, tmp_path, "--resume")) == 1
-    assert "llmqat_run.json is damaged" in capsys.readouterr().err
-    (tmp_path / "llmqat_run.json").unlink()
-    (tmp_path / "checkpoint-2").mkdir()
-    assert cli.main(_argv(model, data, tmp_path, "--resume")) == 1
-    assert "has checkpoints but no llmqat_run.json" in capsys.readouterr().err
-
-
-def test_changed_data(model, tmp_path, capsys):
-    data = _short(tmp_path)
-    output = tmp_path / "out"
-    assert cli.main(_argv(model, data, output, "--steps", "1")) == 0
-    record = _record(output)
-    (output / "llmqat_run.json").write_text(json.dumps({**record, "status": "running"}))
-    data.write_text(json.dumps({"input_ids": list(range(2, 100))}) + "\n")
-    assert cli.main(_argv(model, data, output, "--steps", "1", "--resume")) == 1
-    assert "has changed since the run began" in capsys.readouterr().err
-
-
-def test_locked_output(model, data, tmp_path, capsys):
-    from llmqat.io import Lock
-
-    with Lock(tmp_path / ".llmqat-train.lock"):
-        assert cli.main(_argv(model, data, tmp_path)) == 1
-    assert "being written by process" in capsys.readouterr().err
 
 
 RECIPES = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "fsdp2.yaml"})  # that is accelerate's
@@ -418,7 +228,7 @@ def test_optimizer_and_schedule():
 
 def test_a_weighted_sum(model, data, tmp_path):
     more = ("--loss", "logits+hidden+attention", "--loss-weights", "1,0.5,10", "--fused")
-    assert cli.main(_argv(model, data, tmp_path, *more, "--loss-layers", "last")) == 0
+    assert cli.main(train_argv(model, data, tmp_path, *more, "--loss-layers", "last")) == 0
     for entry in read_metrics(tmp_path / "metrics.jsonl"):
         terms = [entry[f"loss/{name}"] for name in ("logits", "hidden", "attention")]
         assert entry["loss"] == pytest.approx(terms[0] + 0.5 * terms[1] + 10 * terms[2], rel=1e-4)
