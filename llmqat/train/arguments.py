@@ -171,7 +171,9 @@ class TrainArguments:
     fused: bool = _option(
         False, "Norms, RoPE and SwiGLU write the codes that linears read: faster and leaner."
     )
-    chunk_size: int = _option(1024, "Tokens whose logits exist at one time.")
+    chunk_size: int | None = _option(
+        None, "Tokens whose logits exist at one time; default a quarter of them, at most 1024."
+    )
     log_steps: int = _option(1, "Steps between logged losses.")
     health_steps: int = _option(
         10, "Steps between reports on flipped and saturated codes; 0 for none."
@@ -195,7 +197,6 @@ class TrainArguments:
         for name in (
             "batch_size",
             "grad_accum",
-            "chunk_size",
             "log_steps",
             "save_steps",
             "save_limit",
@@ -211,6 +212,8 @@ class TrainArguments:
         check_number("seq-len", self.seq_len, 2)
         if self.steps is not None:
             check_number("steps", self.steps, 1)
+        if self.chunk_size is not None:
+            check_number("chunk-size", self.chunk_size, 1)
         if self.lr == 0 or (self.steps is None and self.epochs == 0):
             raise ConfigError("--lr, --epochs: 0 trains nothing; give positive numbers")
 

@@ -20,6 +20,7 @@ import llmqat_kernels as qk
 from llmqat.errors import ConfigError
 from llmqat.train.block_losses import attention_divergence, hidden_distance
 from llmqat.train.observe import BlockState
+from llmqat_kernels.functional.heads import default_chunk_size
 
 __all__ = ["IGNORED_LABEL", "TERMS", "Loss", "LossInputs", "Term", "find_loss", "parse_weights"]
 
@@ -38,7 +39,7 @@ class LossInputs:
         teacher_head: float [V, H'] or None.
         labels: int64 [B, T], token t is predicted at t - 1; `IGNORED_LABEL` is skipped.
         valid: bool [B, T] of tokens that count, or None for all.
-        chunk_size: tokens whose logits exist at one time.
+        chunk_size: tokens whose logits exist at one time; None: `default_chunk_size` of them.
         saved: the stored teacher instead of a loaded one: its largest probabilities, float
             [B, T, k], and their tokens, int64 [B, T, k]; or None.
         student_blocks, teacher_blocks: what the compared decoder blocks computed; empty where no
@@ -51,7 +52,7 @@ class LossInputs:
     teacher_head: Tensor | None
     labels: Tensor
     valid: Tensor | None = None
-    chunk_size: int = 1024
+    chunk_size: int | None = None
     saved: tuple[Tensor, Tensor] | None = None
     student_blocks: Sequence[BlockState] = ()
     teacher_blocks: Sequence[BlockState] = ()
@@ -147,11 +148,12 @@ def _label(inputs: LossInputs) -> Tensor:
     hidden = inputs.student_hidden[:, :-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     total = hidden.new_zeros((), dtype=torch.float32)
+    chunk = inputs.chunk_size or default_chunk_size(labels.numel())
     # The operands are in their final dtype already: autocast would only convert them back and
     # forth.
     with torch.autocast(hidden.device.type, enabled=False):
-        for begin in range(0, labels.numel(), inputs.chunk_size):
-            rows = slice(begin, begin + inputs.chunk_size)
+        for begin in range(0, labels.numel(), chunk):
+            rows = slice(begin, begin + chunk)
             # Recomputed in backward: otherwise the logits of every chunk would be kept until then.
             total = total + checkpoint(
                 _chunk_cross_entropy,

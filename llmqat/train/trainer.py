@@ -83,7 +83,7 @@ class QATTrainer(Trainer):
             saved.
         loss, loss_weights: terms of `losses.TERMS` joined by "+", and their weights (1 each).
         loss_layers: decoder blocks that "hidden" and "attention" compare: "all", "last" or numbers.
-        chunk_size: tokens whose logits exist at one time.
+        chunk_size: tokens whose logits exist at one time; None: a quarter of them, at most 1024.
         health_steps: steps between health reports; 0 for none.
 
     Raises:
@@ -101,13 +101,13 @@ class QATTrainer(Trainer):
         loss: str = "logits",
         loss_weights: Sequence[float] | None = None,
         loss_layers: str = "all",
-        chunk_size: int = 1024,
+        chunk_size: int | None = None,
         health_steps: int = 10,
         **options: Any,
     ) -> None:
         self.loss = find_loss(loss, loss_weights)
         layers = parse_layers(loss_layers)
-        if chunk_size < 1 or health_steps < 0:
+        if (chunk_size is not None and chunk_size < 1) or health_steps < 0:
             raise ConfigError("chunk_size: must be at least 1; health_steps: at least 0")
         if args.fp16:
             raise ConfigError("dtype: float16 training is not supported; use float32 or bfloat16")

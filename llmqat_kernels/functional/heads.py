@@ -12,6 +12,14 @@ from ..errors import InvalidArgument, InvalidArgumentType
 ops = torch.ops.llmqat
 
 
+def default_chunk_size(tokens: int) -> int:
+    """Tokens whose logits exist at one time, of so many: at most a quarter of them from 1024 on, so
+    that the logits stay a small part of what plain torch holds, and enough for the products to run
+    at full speed.
+    """
+    return 1024 if tokens >= 4096 else 512 if tokens >= 2048 else 256
+
+
 def distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor,
@@ -19,7 +27,7 @@ def distillation_loss(
     teacher_head: Tensor,
     *,
     valid: Tensor | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
     """Soft cross entropy of teacher against student logits, [tokens, vocab] never stored (spec 10;
@@ -30,7 +38,7 @@ def distillation_loss(
             tokens.
         student_head, teacher_head: [V, H], [V, H'].
         valid: bool [...] of tokens that count, or None for all.
-        chunk_size: tokens whose logits exist at one time.
+        chunk_size: tokens whose logits exist at one time; None: :func:`default_chunk_size`.
         vocab_size: only the first rows of both heads, where they are padded; None for all.
 
     Under autocast hidden states and heads are cast as a linear's would be. A student that is
@@ -57,7 +65,7 @@ def distillation_loss(
     _check_head("student", student_head, student_hidden, vocab)
     _check_head("teacher", teacher_head, teacher_hidden, vocab)
     valid = _flat_valid(valid, tokens)
-    _check_chunk_size(chunk_size)
+    chunk = _chunk_size(chunk_size, student_hidden)
     check_same_device(
         student_hidden=student_hidden,
         student_head=student_head,
@@ -71,7 +79,7 @@ def distillation_loss(
         teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]),
         teacher_head.detach(),
         valid,
-        chunk_size,
+        chunk,
     )
     return loss
 
@@ -126,9 +134,13 @@ def _flat_valid(valid: Tensor | None, tokens: tuple[int, ...]) -> Tensor | None:
     return valid.reshape(-1)
 
 
-def _check_chunk_size(chunk_size: int) -> None:
+def _chunk_size(chunk_size: int | None, hidden: Tensor) -> int:
+    """The chunk size for ``hidden`` [..., H] (or logits)."""
+    if chunk_size is None:
+        return default_chunk_size(hidden.shape[:-1].numel())
     if chunk_size < 1:
         raise InvalidArgument(f"chunk_size: {chunk_size} must be at least 1")
+    return chunk_size
 
 
 def distillation_loss_logits(
@@ -136,7 +148,7 @@ def distillation_loss_logits(
     teacher_logits: Tensor,
     *,
     valid: Tensor | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
     """:func:`distillation_loss` of logits that exist already (spec 10).
@@ -144,7 +156,8 @@ def distillation_loss_logits(
     Args:
         student_logits, teacher_logits: float [..., V], same tokens.
         valid: bool [...] of tokens that count, or None for all.
-        chunk_size: tokens whose fp32 logits exist at one time.
+        chunk_size: tokens whose fp32 logits exist at one time; None:
+            :func:`default_chunk_size`.
         vocab_size: only the first columns of both, where they are padded; None for all.
 
     Returns:
@@ -160,14 +173,14 @@ def distillation_loss_logits(
     if student_logits.shape[-1] == 0:
         raise InvalidArgument("student_logits: the vocabulary is empty")
     valid = _flat_valid(valid, tuple(student_logits.shape[:-1]))
-    _check_chunk_size(chunk_size)
+    chunk = _chunk_size(chunk_size, student_logits)
     check_same_device(student_logits=student_logits, teacher_logits=teacher_logits, valid=valid)
     vocab = student_logits.shape[-1]
     loss, _ = ops.distillation_loss_logits(
         student_logits.reshape(-1, vocab),
         teacher_logits.detach().reshape(-1, vocab),
         valid,
-        chunk_size,
+        chunk,
     )
     return loss
 
@@ -189,7 +202,7 @@ def distillation_loss_top_k(
     tokens: Tensor,
     *,
     valid: Tensor | None = None,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
     """:func:`distillation_loss` against stored teacher probabilities, with no teacher (spec 10).
@@ -219,7 +232,7 @@ def distillation_loss_top_k(
     check_shape("probabilities", probabilities, (*rows, k))
     check_shape("tokens", tokens, (*rows, k))
     valid = _flat_valid(valid, rows)
-    _check_chunk_size(chunk_size)
+    chunk = _chunk_size(chunk_size, student_hidden)
     check_same_device(
         student_hidden=student_hidden,
         student_head=student_head,
@@ -233,7 +246,7 @@ def distillation_loss_top_k(
         probabilities.detach().reshape(-1, k),
         tokens.reshape(-1, k),
         valid,
-        chunk_size,
+        chunk,
     )
     return loss
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import llmqat_kernels as qk
+from benchmarks.entries.heads import GPU_LOSSES
 from llmqat_kernels.errors import InvalidArgument, InvalidArgumentType
+from llmqat_kernels.functional.heads import default_chunk_size
 from llmqat_kernels.spec import distillation as spec
 from llmqat_kernels.testing import generator
 
@@ -207,6 +209,27 @@ def test_chunks_of_the_specification_do_not_matter(chunk_size):
         (spec.distillation_loss_top_k, (hidden, head, p, tokens)),
     ):
         assert_close(op(*args, valid, chunk_size), op(*args, valid, 1000))
+
+
+def test_default_chunks_hold_a_small_part_of_all_logits():
+    """Two bf16 chunks of logits against the 15 bytes a logit that plain torch was counted to hold:
+    at most 10 % at the shapes of the benchmark, and wherever there are 1024 tokens or more.
+    """
+    shapes = [shape["n"] for shape in GPU_LOSSES.shapes]
+    for tokens in (*shapes, *range(1024, 8193, 511)):
+        assert 2 * 2 * default_chunk_size(tokens) <= 0.10 * 15 * tokens, tokens
+
+
+def test_the_default_chunk_is_what_the_function_says(monkeypatch):
+    args = [x.detach() for x in make((2, 1100))]
+    given = []
+    real = torch.ops.llmqat.distillation_loss
+    monkeypatch.setattr(
+        torch.ops.llmqat, "distillation_loss", lambda *a: given.append(a[-1]) or real(*a)
+    )
+    default = qk.distillation_loss(*args)
+    assert torch.equal(default, qk.distillation_loss(*args, chunk_size=512))
+    assert given == [512, 512] == [default_chunk_size(2200), 512]
 
 
 def test_bad_arguments_name_the_argument(backend):

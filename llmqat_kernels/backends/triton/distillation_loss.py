@@ -7,7 +7,8 @@ Cost:     8nKV operations, and 10 bytes a logit: about 5 % of their time at K = 
           Peak memory of n = 8192, K = 4096, V = 128,256 in bf16, chunk 1024: 2 x 0.263 GB logits
           + 1.05 GB gradient of the head (an output) + 0.07 GB of the hidden states = 1.64 GB, where
           plain torch holds four fp32 [n, V] = 16.8 GB: 9.8 %. Beyond ROUNDED_CHUNKS an fp32 sum of
-          the head's gradient adds 4VK bytes (2.1 GB).
+          the head's gradient adds 4VK bytes (2.1 GB). Chunks follow the tokens: at most 7.3 % from
+          1024 tokens on (docs/spec.md 10), beside the same gradients.
 Numerics: not exact: 2x (loss), 3x (gradients) of plain torch's error. The same bits every run.
           Nothing is read back to the host: the count of valid tokens stays on the device.
 Edges:    no tokens or none valid: zeros. A stored token outside the vocabulary makes the loss NaN.
