@@ -119,10 +119,9 @@ def sections(folder: Path, read_json: Callable[[Path], dict[str, Any] | None]) -
         )
     else:
         parts.append(f"Decode attention on a GPU: {MISSING} (`{ATTENTION}`).")
-    for name, what in zip(DECODED, ("", ", backend `cuda`"), strict=True):
-        if name in results.files:
-            parts.append(f"### Decode of a 7B model{what}\n\n{decode_table(results.files[name])}")
-    if not any(name in results.files for name in DECODED):
+    if DECODED in results.files:
+        parts.append(f"### Decode of a 7B model\n\n{decode_table(results.files[DECODED])}")
+    else:
         parts.append(f"Decode of a 7B model on a GPU: {MISSING} (`{DECODE}`).")
     return "\n\n".join([*parts, computed()])
 

@@ -3,7 +3,8 @@
     python -m benchmarks.decode_7b --device cuda [--quick] [--save] [--budget 140] [--batch 1 16 64]
 
 The packed model is drawn on the device (no float weights), W4A8 with KV8 and KV4 in `paper` mode,
-in the engine with CUDA graphs. Baselines on a bf16 model of the same sizes: `generate` of
+in the engine with CUDA graphs, on the backend that `auto` chooses and with the CUDA C++ kernels
+first. Baselines on a bf16 model of the same sizes: `generate` of
 transformers (its own cache, then a static one, which it compiles), and a small compiled decoder in
 one CUDA graph with bf16 and with torch's 4-bit weights (benchmarks/compiled_decode.py). All decode
 up to a context of 2048 tokens. Candidates take turns; those that do not fit the memory together are
@@ -21,13 +22,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from benchmarks import cells, cuda
-from benchmarks.cells import DeviceLost, check_alive
+from benchmarks.cells import DeviceLost
 from benchmarks.compiled_decode import PlainDecoder
 from benchmarks.decode_rates import (
     Rate,
@@ -39,7 +40,6 @@ from benchmarks.decode_rates import (
     transformers_generate,
     transformers_prefill,
 )
-from benchmarks.entry import reason_of
 from benchmarks.random_model import (
     config_of,
     decode_bound,
@@ -49,6 +49,7 @@ from benchmarks.random_model import (
 )
 from benchmarks.roofline import measure
 from benchmarks.timing import require_device, save, summary
+from benchmarks.turns import Turns
 from llmqat import Engine
 from llmqat_kernels import use_backend
 
@@ -61,10 +62,9 @@ GATE_EQUAL = 0.5
 one that reads stale inputs gives none."""
 KV_BITS = (8, 4)
 OURS = "llmqat W4A8KV8"
+OURS_CUDA = f"{OURS}, CUDA C++ first"
 INT4, COMPILED, EAGER = "compiled int4", "compiled bf16", "transformers bf16"
-ALONE = "measured by itself, not in turns: too large to be there at one time with the others"
-MEMORY_SHARE = 0.9
-"""Of the free memory: what candidates that take turns may need together."""
+T = TypeVar("T")
 
 
 def gate(name: str, device: torch.device) -> dict[str, Any]:
@@ -94,82 +94,6 @@ def gate(name: str, device: torch.device) -> dict[str, Any]:
         captured = list(engine.static.captured)
         found[f"KV{bits}"] = {"logits_error": error, "equal_tokens": equal, "captured": captured}
     return found
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that nothing holds."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-
-
-class Turns:
-    """Rates of candidates that take turns, and why others have none.
-
-    Candidates come in groups, the quick ones first, so that a long compilation cannot cost what is
-    measured already; the first of all takes turns with every group that fits the memory beside it.
-    """
-
-    def __init__(self, rounds: int, device: torch.device, deadline: float) -> None:
-        self._rounds, self._device, self._deadline = rounds, device, deadline
-        self._anchor: dict[str, Rate] = {}
-        self.rates: dict[str, list[float]] = {}
-        self.notes: dict[str, str] = {}
-
-    def add(self, makers: Mapping[str, Callable[[], Rate]], needed: float = 0.0) -> None:
-        """Set up a group and measure it; where ``needed`` bytes are not free, each candidate of it
-        without the others and the first of all. A first run of each does not count; past the
-        deadline nothing more is set up, and one round is enough.
-        """
-        cuda.release(self._device)
-        if needed <= MEMORY_SHARE * free_bytes(self._device):
-            self._measure(makers)
-            return
-        for name, make in makers.items():
-            self._anchor = {}
-            cuda.release(self._device)
-            self._measure({name: make})
-            if name in self.rates:
-                self.notes.setdefault(name, ALONE)
-        self._anchor = {}
-
-    def _measure(self, makers: Mapping[str, Callable[[], Rate]]) -> None:
-        ready = dict(self._anchor)
-        for name, make in makers.items():
-            if time.monotonic() > self._deadline and (ready or self.rates):
-                self.notes[name] = "left out: --budget"
-            elif (run := self._ready(name, make)) is not None:
-                ready[name] = run
-        if set(ready) == set(self._anchor):
-            return
-        for index in range(self._rounds):
-            if index and time.monotonic() > self._deadline:
-                break
-            for name in list(ready):
-                try:
-                    rate = ready[name]()
-                except Exception as error:
-                    del ready[name]
-                    self._leave_out(name, f"stopped in round {index + 1}: {reason_of(error)}")
-                else:
-                    self.rates.setdefault(name, []).append(rate)
-        if not self._anchor:
-            self._anchor = dict(list(ready.items())[:1])
-
-    def _ready(self, name: str, make: Callable[[], Rate]) -> Rate | None:
-        """A candidate after its first run; None where it has failed."""
-        begin = time.monotonic()
-        try:
-            run = make()
-            run()
-        except Exception as error:  # other people's code, memory: the reason is the finding
-            self._leave_out(name, f"left out: {reason_of(error)}")
-            return None
-        print(f"  {name}: ready after {time.monotonic() - begin:.0f} s", flush=True)
-        return run
-
-    def _leave_out(self, name: str, note: str) -> None:
-        self._anchor.pop(name, None)
-        self.notes[name] = note
-        check_alive(self._device, name, note)
 
 
 def used_up(model: nn.Module) -> Any:
@@ -242,10 +166,34 @@ class Bench:
             total += size(16, 16, 0)
         return total + sum(size(16, 16, batch) for name in names if name not in ours)
 
+    def cuda_first(self, batch: int) -> Rate:
+        """Decode steps, or at batch 1 whole generations, with the CUDA C++ kernels first.
+
+        Raises:
+            AssertionError: they do not pass the gate.
+        """
+        with use_backend("cuda"):
+            gate(self.name, self.device)
+            engine, prompts = self.engine(batch, 8), self._prompts(1)
+            run = (
+                engine_generate(engine, prompts, self.tokens)
+                if batch == 1
+                else engine_steps(engine, self.context, self.tokens)
+            )
+
+        def timed() -> float:
+            with use_backend("cuda"):
+                return run()
+
+        return timed
+
+    def _prompts(self, batch: int) -> list[list[int]]:
+        return prompts_of(batch, self.context - self.tokens, self.config.vocab_size)
+
     def decoding(self, batch: int) -> list[dict[str, Callable[[], Rate]]]:
         """Makers of what takes turns at a batch size, in groups, the most important first."""
         context, tokens = self.context, self.tokens
-        prompts = prompts_of(batch, context - tokens, self.config.vocab_size)
+        prompts = self._prompts(batch)
 
         def steps(kv_bits: int) -> Callable[[], Rate]:
             return lambda: engine_steps(self.engine(batch, kv_bits), context, tokens)
@@ -257,8 +205,9 @@ class Bench:
             f"{OURS}, steps": steps(8),
             "llmqat W4A8KV4, steps": steps(4),
         }
+        other = {OURS_CUDA: lambda: self.cuda_first(batch)} if self.device.type == "cuda" else {}
         if batch > 1:
-            return [own, {COMPILED: compiled(False)}]
+            return _filled(own, other, {COMPILED: compiled(False)})
         generate = {OURS: lambda: engine_generate(self.engine(batch, 8), prompts, tokens)}
         eager = {EAGER: lambda: transformers_generate(self.plain, prompts, max(4, tokens // 4))}
         static = {
@@ -267,18 +216,17 @@ class Bench:
             )
         }
         later = [{INT4: compiled(True)}, {COMPILED: compiled(False)}, static]
-        return [generate | own | eager, *later]
+        return _filled(generate | own | eager, other, *later)
 
-    def prefill(self, rounds: int, deadline: float) -> dict[str, Any]:
+    def prefill(self, rounds: int, deadline: float, skip: Sequence[str] = ()) -> dict[str, Any]:
         """Rates of the prefill of one prompt."""
         (prompt,) = prompts_of(1, self.context - 1, self.config.vocab_size)
         turns = Turns(rounds, self.device, deadline)
-        turns.add(
-            {
-                OURS: lambda: engine_prefill(self.engine(1, 8), prompt),
-                EAGER: lambda: transformers_prefill(self.plain, prompt),
-            }
-        )
+        makers = {
+            OURS: lambda: engine_prefill(self.engine(1, 8), prompt),
+            EAGER: lambda: transformers_prefill(self.plain, prompt),
+        }
+        turns.add(wanted(makers, skip))
         found = {name: summary(values) for name, values in turns.rates.items()}
         return {"tokens_per_second": found, "notes": turns.notes}
 
@@ -288,6 +236,10 @@ class Bench:
         return decode_bound(bandwidth, batch, step)
 
 
+def _filled(*groups: dict[str, T]) -> list[dict[str, T]]:
+    return [group for group in groups if group]
+
+
 def decode_result(
     bench: Bench,
     batch: int,
@@ -295,17 +247,28 @@ def decode_result(
     notes: Mapping[str, str],
     bandwidth: float,
 ) -> dict[str, Any]:
-    """One batch size: rates, bounds, and the ratio of ours to every other."""
+    """One batch size: rates, bounds, and the ratio of ours to every other; ``ratios_of_cuda`` are
+    those of the engine with the CUDA C++ kernels first.
+    """
     figures = {name: summary(values) for name, values in rates.items()}
     ours = next((name for name in (OURS, f"{OURS}, steps") if name in figures), None)
     bounds = {f"KV{bits}": bench.bound(batch, bits, bandwidth) for bits in KV_BITS}
     result: dict[str, Any] = {"tokens_per_second": figures, "notes": dict(notes), "bound": bounds}
+    others = {n: f["p50"] for n, f in figures.items() if not n.startswith("llmqat")}
     if ours is not None:
-        others = {n: f["p50"] for n, f in figures.items() if not n.startswith("llmqat")}
         result["ratio_of"] = ours
         result["ratios"] = {name: figures[ours]["p50"] / rate for name, rate in others.items()}
         result["share_of_bound"] = figures[ours]["p50"] / bounds["KV8"]
+    if OURS_CUDA in figures:
+        rate = figures[OURS_CUDA]["p50"]
+        result["ratios_of_cuda"] = {name: rate / other for name, other in others.items()}
+        result["share_of_bound_cuda"] = rate / bounds["KV8"]
     return result
+
+
+def wanted(makers: Mapping[str, T], skip: Sequence[str]) -> dict[str, T]:
+    """Those without a word of their name to skip."""
+    return {name: make for name, make in makers.items() if not set(skip) & set(name.split())}
 
 
 def table(title: str, result: Mapping[str, Any]) -> str:
@@ -348,15 +311,17 @@ def run_all(args: argparse.Namespace, device: torch.device) -> int:
             continue
         turns = Turns(args.rounds, device, begin + args.budget)
         for number, group in enumerate(bench.decoding(batch)):
-            wanted = {n: m for n, m in group.items() if not set(args.skip) & set(n.split())}
+            makers = wanted(group, args.skip)
+            if not makers:
+                continue
             if batch > 1:
                 bench.forget()
-            turns.add(wanted, bench.needed(batch, list(wanted)))
+            turns.add(makers, bench.needed(batch, list(makers)))
             found = decode_result(bench, batch, turns.rates, turns.notes, bandwidth)
             result["batches"][str(batch)] = found
             _store(args, result, device)
             if batch == 1 and number == 0:
-                result["prefill"] = bench.prefill(args.rounds, begin + args.budget)
+                result["prefill"] = bench.prefill(args.rounds, begin + args.budget, args.skip)
                 _store(args, result, device)
         print(table(f"Decode, batch {batch}", result["batches"][str(batch)]), flush=True)
         if batch == 1:

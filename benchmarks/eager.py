@@ -142,7 +142,7 @@ def integer_groups(
 
 class PaperFakeQuantize(torch.autograd.Function):
     """The paper's quantizer (LLM-QAT Eq. 3), one torch operation after the other in the tensor's
-    own dtype, straight-through.
+    own dtype, straight-through: the leanest spelling, 18 bytes a bf16 value.
     """
 
     @staticmethod
@@ -155,8 +155,35 @@ class PaperFakeQuantize(torch.autograd.Function):
         return grad, None
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+class PublishedFakeQuantize(torch.autograd.Function):
+    """The same as QAT code is commonly published: a guarded divisor for every value, and no
+    gradient outside a clip range. 32 bytes a bf16 value forward, 14 backward.
+    """
+
+    CLIP = 2.5
+    GUARD = 1e-6
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(x)
+        largest = x.abs().amax(-1, keepdim=True).expand_as(x)
+        steps = (2 ** (bits - 1) - 1) / (largest + PublishedFakeQuantize.GUARD)
+        return torch.round(x * steps) / steps
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        outside = (x >= PublishedFakeQuantize.CLIP) | (x <= -PublishedFakeQuantize.CLIP)
+        return grad.masked_fill(outside, 0), None
+
+
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+
+
+def compiled(function: Callable[..., Any], mode: str | None = MAX_AUTOTUNE) -> Callable[..., Any]:
     """``torch.compile`` of a function of tensors, at the sizes it is called with; an error where a
     part of it would run eagerly. Compiling is part of the first call.
+
+    ``mode`` None is torch's default, which leaves matrix products to cuBLAS.
     """
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

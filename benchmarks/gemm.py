@@ -310,7 +310,8 @@ def plan(
     """Layers and M, the most important first: all layers of the first model at the ends of the
     bars' range, then its other sizes, then the other models.
     """
-    blocks = [(models[0], sizes) for sizes in (first, few, many)]
+    # A ratio is one of all four products: each of the first M is finished before the next begins.
+    blocks = [(models[0], sizes) for sizes in (*((m,) for m in first), few, many)]
     blocks += [(model, sizes) for sizes in ((*first, *few), many) for model in models[1:]]
     return [(layer, m) for model, sizes in blocks for layer in layers_of(model) for m in sizes]
 

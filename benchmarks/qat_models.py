@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 import llmqat
 import llmqat_kernels as qk
-from benchmarks.eager import PaperFakeQuantize
+from benchmarks.eager import PaperFakeQuantize, PublishedFakeQuantize
 from llmqat.models import compat
+from llmqat_kernels import nn as qnn
 
 SETTING = "4-8-4"
 
@@ -64,22 +67,24 @@ MODELS = {
 class EagerLinear(nn.Linear):
     """Fake-quantized weight, input and (K and V) output, in plain torch operations."""
 
+    quantizer: type[torch.autograd.Function]
     w_bits: int
     a_bits: int
     out_bits: int
 
     def forward(self, x: Tensor) -> Tensor:
-        x = PaperFakeQuantize.apply(x, self.a_bits)
-        y = F.linear(x, PaperFakeQuantize.apply(self.weight, self.w_bits), self.bias)
-        return PaperFakeQuantize.apply(y, self.out_bits) if self.out_bits else y
+        x = self.quantizer.apply(x, self.a_bits)
+        y = F.linear(x, self.quantizer.apply(self.weight, self.w_bits), self.bias)
+        return self.quantizer.apply(y, self.out_bits) if self.out_bits else y
 
 
-def make_eager(model: nn.Module) -> nn.Module:
+def make_eager(model: nn.Module, quantizer: type[torch.autograd.Function]) -> nn.Module:
     """Every linear of every block as an EagerLinear, in place."""
     config = llmqat.QATConfig.parse(SETTING)
     for name, module in model.model.layers.named_modules():
         if isinstance(module, nn.Linear):
             module.__class__ = EagerLinear
+            module.quantizer = quantizer
             module.w_bits, module.a_bits = config.weight.bits, config.activation.bits
             is_kv = name.endswith(("k_proj", "v_proj"))
             module.out_bits = config.kv.bits if is_kv else 0
@@ -96,7 +101,8 @@ def candidates() -> dict[str, Callable[[nn.Module], nn.Module]]:
     """What takes turns, and how each is made of a model without quantization."""
     return {
         "plain": lambda model: model,
-        "eager": make_eager,
+        "eager": lambda model: make_eager(model, PublishedFakeQuantize),
+        "eager, lean": lambda model: make_eager(model, PaperFakeQuantize),
         "llmqat": lambda model: make_llmqat(model, fused=False),
         "llmqat fused": lambda model: make_llmqat(model, fused=True),
     }
@@ -141,6 +147,14 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> dict[str, int]:
     return {"activations": sum(sizes.values()) - weights, "weight_codes": weights}
 
 
+def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """Hidden states of whole sequences. Every candidate gets SDPA's own causal mask: transformers
+    would wait for the device in each forward, to look whether sequences are packed.
+    """
+    with mock.patch.object(modeling_llama, "create_causal_mask", lambda **_: None):
+        return model.model(ids, use_cache=False).last_hidden_state
+
+
 class Step:
     """A training step of one candidate."""
 
@@ -155,28 +169,36 @@ class Step:
         self.teacher = teacher
         # So small that every step does the same work on practically the same weights.
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=1e-9, weight_decay=0.0, fused=True
+            self.student.parameters(),
+            lr=1e-9,
+            weight_decay=0.0,
+            fused=True,
+            capturable=device.type == "cuda",
         )
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, sizes.vocab, (1, sizes.tokens), generator=generator)
         self.ids = ids.to(device)
 
     def checkpointing(self, on: bool) -> None:
-        """Activation checkpointing of every block."""
+        """Activation checkpointing of every block; there is no dropout whose random numbers would
+        have to be the same again.
+        """
         if on:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+            self.student.gradient_checkpointing_enable(
+                {"use_reentrant": False, "preserve_rng_state": False}
+            )
         else:
             self.student.gradient_checkpointing_disable()
 
     def forward(self) -> Tensor:
         """Last hidden states of the student."""
-        return self.student.model(self.ids, use_cache=False).last_hidden_state
+        return last_hidden(self.student, self.ids)
 
     def run(self) -> Tensor:
         """A whole step; returns the loss without waiting for the device."""
         assert self.teacher is not None  # None: forwards only
         with torch.no_grad():
-            wanted = self.teacher.model(self.ids, use_cache=False).last_hidden_state
+            wanted = last_hidden(self.teacher, self.ids)
         try:
             loss = qk.distillation_loss(
                 self.forward(), self.student.lm_head.weight, wanted, self.teacher.lm_head.weight
@@ -187,11 +209,25 @@ class Step:
             self.optimizer.zero_grad()  # half a backward that ran out of memory leaves nothing
         return loss.detach()
 
+    def run_whole(self) -> Tensor:
+        """A step as the body of one CUDA graph, or without one."""
+        with qnn.whole_step():
+            return self.run()
+
     def peak_bytes(self) -> int:
-        """Memory of a step on top of what lives between steps (CUDA)."""
+        """Memory of a step on top of what no training is without: weights, optimizer, batch (CUDA).
+
+        Codes of weights, which outlive a step, belong to the step.
+        """
+        self._forget_codes()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self.run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+    def _forget_codes(self) -> None:
+        for module in self.student.modules():
+            if isinstance(module, qnn.QATLinear):
+                module.clear_cache()

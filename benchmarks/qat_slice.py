@@ -9,14 +9,15 @@ candidate is a model of its own on the same data, teacher, loss (this package's)
 
 * plain: no quantization, SDPA;
 * eager: the paper's quantizers (Eq. 3) in plain torch operations on weights, inputs of linears, K
-  and V;
+  and V, as they are commonly published (32 bytes a value forward, 14 backward), and lean (18, 0);
 * llmqat: `llmqat.prepare`, and with `fused` its fused norms, MLP and attention glue.
 
 A step is teacher, student forward, loss, backward, AdamW; candidates take turns. Reported with and
-without activation checkpointing: seconds, memory of a step on top of weights and optimizer (GPU),
-and the bytes that autograd keeps between forward and backward. These are counted by storage
-through `saved_tensors_hooks`, without parameters; codes of weights, which live as long as the
-weights, are counted beside them. They depend on the model, not on the device, and ours over plain
+without activation checkpointing: seconds, on a GPU launched from Python and as one CUDA graph
+(without the host, which small models wait for), memory of a step on top of weights and optimizer
+(GPU; codes of weights belong to the step), and the bytes that autograd keeps between forward and
+backward. These are counted by storage through `saved_tensors_hooks`, without parameters; codes of
+weights, which live as long as the weights, are counted beside them. They depend on the model, not on the device, and ours over plain
 not on the tokens: `--saved-only` counts them on a CPU at real widths, one candidate at a time. (The
 eager candidate also keeps a fake-quantized copy of every weight, whatever the tokens.)
 
@@ -51,6 +52,8 @@ from benchmarks.qat_models import MODELS, SETTING, Model, Step, candidates, save
 from benchmarks.timing import interleaved, require_device, save, summary
 
 BARS = {"time over plain": 0.95, "eager over ours": 2.0, "saved over plain": 0.60}
+GRAPH = ", as a graph"
+"""Ends the names of ratios between steps that are replayed as CUDA graphs."""
 LOSS_TOLERANCE = 0.05
 MIB = 2**20
 MODES = {"checkpointing": True, "no checkpointing": False}
@@ -163,9 +166,28 @@ def measure_mode(
     }
     if device.type == "cuda":
         found["peak_bytes"] = {key: step.peak_bytes() for key, step in ready.items()}
+        found["graph_seconds"] = graph_seconds(name, ready, device, rounds, failed)
     if compared := ratios(found):
         found["ratios"] = compared
     return found
+
+
+def graph_seconds(
+    name: str, steps: dict[str, Step], device: torch.device, rounds: int, failed: Failed
+) -> dict[str, dict[str, float]]:
+    """The same steps, each replayed as one CUDA graph; without those that cannot be captured."""
+    replays = {}
+    for key, step in steps.items():
+        where = f"{name}, {key}, CUDA graph"
+        found = attempt(where, failed, device, partial(cuda.captured, step.run_whole))
+        if found is not None and found[1] == "graph":
+            replays[key] = found[0]
+        elif found is not None:
+            failed[where] = "the step cannot be captured"
+    if not replays:
+        return {}
+    seconds = interleaved(replays, rounds, timer=cells.timer_of(device))
+    return {key: summary(values) for key, values in seconds.items()}
 
 
 def count_saved(
@@ -195,41 +217,59 @@ def count_saved(
 
 def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The figures that the bars are about, for each of our forms; none without both baselines."""
-    seconds = {key: value["p50"] for key, value in found["seconds"].items()}
-    if not {"plain", "eager"} <= set(seconds):
+    if not {"plain", "eager"} <= set(found["seconds"]):
         return {}
     saved = {key: value["activations"] for key, value in found["saved_bytes"].items()}
+    peak = found.get("peak_bytes")
     result = {}
-    for ours in (key for key in seconds if key.startswith("llmqat")):
+    for ours in (key for key in found["seconds"] if key.startswith("llmqat")):
         result[ours] = {
-            "time over plain": seconds[ours] / seconds["plain"],
-            "eager over ours": seconds["eager"] / seconds[ours],
+            **time_ratios(found["seconds"], ours),
+            **{
+                f"{what}{GRAPH}": value
+                for what, value in time_ratios(found.get("graph_seconds", {}), ours).items()
+            },
             "saved over plain": saved[ours] / saved["plain"],
         }
-        if "peak_bytes" in found:
-            result[ours]["peak over plain"] = (
-                found["peak_bytes"][ours] / found["peak_bytes"]["plain"]
-            )
+        if peak is not None:
+            result[ours]["peak over plain"] = peak[ours] / peak["plain"]
     return result
+
+
+def time_ratios(seconds: dict[str, dict[str, float]], ours: str) -> dict[str, float]:
+    """Ratios of medians to each baseline that was timed."""
+    middle = {key: value["p50"] for key, value in seconds.items()}
+    if ours not in middle:
+        return {}
+    compared = {"time over plain": ("plain", False), "eager over ours": ("eager", True)}
+    compared["lean eager over ours"] = ("eager, lean", True)
+    return {
+        what: middle[baseline] / middle[ours] if over else middle[ours] / middle[baseline]
+        for what, (baseline, over) in compared.items()
+        if baseline in middle
+    }
 
 
 def table(name: str, result: dict[str, Any]) -> str:
     """The result of one model as markdown."""
     sizes = ", ".join(f"{key} {value}" for key, value in result["sizes"].items())
     lines = [f"{name}: {sizes}", ""]
-    head = "| checkpointing | candidate | step ms (p20-p80) | peak MiB | saved MiB (weight codes) |"
-    lines += [head, "|---|---|---|---|---|"]
+    head = "| checkpointing | candidate | step ms (p20-p80) | as a CUDA graph ms | peak MiB |"
+    lines += [head + " saved MiB (weight codes) |", "|---|---|---|---|---|---|"]
     for label in ("no checkpointing", "checkpointing"):
         found = result.get(label)
         if found is None:
             continue
         for key, figure in found["seconds"].items():
             p50, p20, p80 = (1e3 * figure[p] for p in ("p50", "p20", "p80"))
+            graph = found.get("graph_seconds", {}).get(key)
             saved = found["saved_bytes"][key]
             peak = found["peak_bytes"][key] / MIB if "peak_bytes" in found else None
             lines.append(
                 f"| {'on' if label == 'checkpointing' else 'off'} | {key} |"
-                f" {p50:.1f} ({p20:.1f}-{p80:.1f}) | {'' if peak is None else f'{peak:.0f}'} |"
+                f" {p50:.1f} ({p20:.1f}-{p80:.1f}) |"
+                f" {'' if graph is None else format(1e3 * graph['p50'], '.1f')} |"
+                f" {'' if peak is None else f'{peak:.0f}'} |"
                 f" {saved['activations'] / MIB:.2f} ({saved['weight_codes'] / MIB:.2f}) |"
             )
         for ours, values in found.get("ratios", {}).items():

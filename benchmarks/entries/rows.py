@@ -123,6 +123,7 @@ def _fake_quantize(shape: Shape, dtype: torch.dtype, device: torch.device) -> Jo
         call,
         {
             "eager": lambda: eager.fake_quantize(x, 4),
+            "eager, as published": lambda: eager.PublishedFakeQuantize.apply(x, 4),
             "eager, the paper's": lambda: eager.PaperFakeQuantize.apply(x, 4),
         },
         same_bits(call),
@@ -148,7 +149,11 @@ def _fake_quantize_step(shape: Shape, dtype: torch.dtype, device: torch.device) 
         return step(module)
 
     call = step(lambda t: qk.fake_quantize(t, 4))
-    baselines = {"eager": step(lambda t: eager.fake_quantize(t, 4))}
+    baselines = {
+        "eager": step(lambda t: eager.fake_quantize(t, 4)),
+        "eager, as published": step(lambda t: eager.PublishedFakeQuantize.apply(t, 4)),
+        "eager, the paper's": step(lambda t: eager.PaperFakeQuantize.apply(t, 4)),
+    }
     if dtype == torch.float32:
         baselines["torch.fake_quantize_per_channel_affine"] = step(
             lambda t: eager.fake_quantize_affine(t, 4)

@@ -19,7 +19,7 @@ from .norm import QuantizedRMSNorm, RMSNorm
 from .rotary import QuantizedKV
 from .rows import GatedRows, QuantizedRows
 from .swiglu import QuantizedSwiGLU
-from .weight_codes import QuantizedWeight, WeightCodes
+from .weight_codes import QuantizedWeight, WeightCodes, whole_step
 
 __all__ = [
     "GatedRows",
@@ -35,4 +35,5 @@ __all__ = [
     "WeightCodes",
     "autocast_input",
     "become",
+    "whole_step",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,29 @@ def _next_epoch(*_: Any) -> None:
 
 
 _epoch_hook = register_optimizer_step_post_hook(_next_epoch)
+
+_whole_step: object | None = None
+
+
+@contextmanager
+def whole_step() -> Iterator[None]:
+    """Around the capture of a CUDA graph that holds a whole training step: forward, backward and
+    the optimizer. Codes of weights are kept within it, as they are without a graph.
+
+    Elsewhere a capture keeps none, since the graph that made them might not be the next to replay.
+
+    >>> with torch.cuda.graph(graph), whole_step():  # doctest: +SKIP
+    ...     loss = compute_loss(model, batch)
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    """
+    global _whole_step
+    outer, _whole_step = _whole_step, object()
+    try:
+        yield
+    finally:
+        _whole_step = outer
 
 
 class QuantizedWeight(NamedTuple):
@@ -57,13 +82,16 @@ class WeightCodes:
 
     They are found stale by tensor, address, version counter, optimizer steps and settings; after
     writing through `weight.data` in any other way call :meth:`clear`. Nothing is kept while a graph
-    is traced or captured, nor ever where `keep` is False: for weights that exist only during a
-    forward (FSDP). A copy or a pickle is empty: it will belong to another weight.
+    is traced or captured (but see :func:`whole_step`), nor outside it once there was a capture,
+    whose replays may write the weight and nothing here would know; nor ever where `keep` is False:
+    for weights that exist only during a forward (FSDP). A copy or a pickle is empty: it will belong
+    to another weight.
     """
 
     def __init__(self, keep: bool = True) -> None:
         self.keep = keep
         self._entry: _Entry | None = None
+        self._was_captured = False
 
     def get(
         self, weight: Tensor, bits: int, group_size: int, scale_dtype: torch.dtype
@@ -85,15 +113,17 @@ class WeightCodes:
 
         if torch.compiler.is_compiling() or not self.keep or _passing(weight):
             return quantize()
-        if _captured(weight):
-            # Replays may write the weight, and nothing here would know.
+        captured = _captured(weight)
+        self._was_captured |= captured
+        graph = _whole_step if captured else None
+        if self._was_captured and graph is None:
             self.clear()
             return quantize()
         # A view (the transpose of a parameter) is made anew for every forward: its base is what
         # lives on.
         owner = weight if weight._base is None else weight._base
         place = (weight._version, weight.data_ptr(), weight.shape, weight.stride())
-        key = (_optimizer_epoch, *place, bits, group_size, scale_dtype)
+        key = (graph, _optimizer_epoch, *place, bits, group_size, scale_dtype)
         entry = self._entry
         if entry is not None and entry.weight() is owner and entry.key == key:
             return entry.quantized

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from benchmarks import decode_7b, decode_rates, timing
+from benchmarks import turns as turns_module
 from benchmarks.decode_7b import COMPILED, EAGER, INT4, OURS, Bench
+from llmqat_kernels import use_backend
+from llmqat_kernels.dispatch import current_backend
 
 CPU = torch.device("cpu")
 
@@ -31,11 +34,39 @@ def test_the_command_measures_and_stores_after_every_batch(
     assert set(found["prefill"]["tokens_per_second"]) == {OURS, EAGER}
 
 
+def test_the_cuda_kernels_are_a_candidate_on_a_gpu(monkeypatch):
+    """The same engine on another backend, gated and timed under it."""
+    bench, seen = Bench("tiny", CPU, 24, 6), []
+    assert not any(decode_7b.OURS_CUDA in group for group in bench.decoding(1))
+    monkeypatch.setattr(bench, "device", torch.device("cuda"))
+    assert all(list(bench.decoding(n)[1]) == [decode_7b.OURS_CUDA] for n in (1, 2))
+    for name in ("gate", "engine_steps", "engine_generate"):  # what runs on a device only
+        monkeypatch.setattr(decode_7b, name, lambda *_: lambda: seen.append(current_backend()))
+    monkeypatch.setattr(bench, "engine", lambda *_: seen.append(current_backend()))
+    with use_backend("cpu"):
+        for batch in (1, 2):
+            bench.cuda_first(batch)()
+    assert seen == ["cuda"] * 4
+
+
+def test_ratios_of_both_backends():
+    rates = {OURS: [6.0], decode_7b.OURS_CUDA: [8.0], EAGER: [2.0]}
+    found = decode_7b.decode_result(Bench("tiny", CPU, 24, 6), 1, rates, {}, 1e9)
+    assert found["ratios"] == {EAGER: 3.0} and found["ratios_of_cuda"] == {EAGER: 4.0}
+    assert found["share_of_bound_cuda"] == pytest.approx(found["share_of_bound"] * 8 / 6)
+
+
+def test_what_is_skipped_is_not_drawn(tiny_machine):
+    bench = Bench("tiny", CPU, 24, 6)
+    found = bench.prefill(1, float("inf"), ("transformers",))
+    assert set(found["tokens_per_second"]) == {OURS} and bench._float is None
+
+
 def test_one_candidate_that_cannot_run_does_not_stop_the_others():
     def broken():
         raise RuntimeError("no such kernel")
 
-    turns = decode_7b.Turns(3, CPU, float("inf"))
+    turns = turns_module.Turns(3, CPU, float("inf"))
     turns.add({"a": lambda: lambda: 2.0, "b": broken})
     rates, notes = turns.rates, turns.notes
     assert rates == {"a": [2.0, 2.0, 2.0]} and notes == {
@@ -44,7 +75,7 @@ def test_one_candidate_that_cannot_run_does_not_stop_the_others():
 
 
 def test_past_the_deadline_one_candidate_and_one_round():
-    turns = decode_7b.Turns(3, CPU, float("-inf"))
+    turns = turns_module.Turns(3, CPU, float("-inf"))
     turns.add({"a": lambda: lambda: 2.0, "b": lambda: lambda: 3.0})
     turns.add({"c": lambda: lambda: 4.0})
     assert turns.rates == {"a": [2.0]}
@@ -52,7 +83,7 @@ def test_past_the_deadline_one_candidate_and_one_round():
 
 
 def test_the_first_candidate_takes_turns_with_every_group():
-    turns = decode_7b.Turns(2, CPU, float("inf"))
+    turns = turns_module.Turns(2, CPU, float("inf"))
     turns.add({"a": lambda: lambda: 2.0, "b": lambda: lambda: 3.0})
     turns.add({"c": lambda: lambda: 4.0})
     assert turns.rates == {"a": [2.0] * 4, "b": [3.0] * 2, "c": [4.0] * 2}
@@ -74,19 +105,19 @@ def test_what_does_not_fit_together_is_measured_one_by_one(monkeypatch):
         def __del__(self):
             alive.discard(self.name)
 
-    monkeypatch.setattr(decode_7b, "free_bytes", lambda device: 10.0)
-    turns = decode_7b.Turns(2, CPU, float("inf"))
+    monkeypatch.setattr(turns_module, "free_bytes", lambda device: 10.0)
+    turns = turns_module.Turns(2, CPU, float("inf"))
     turns.add({name: functools.partial(Candidate, name) for name in "ab"}, needed=9.0)
     assert alive == {"a"} and turns.notes == {}
     turns.add({"c": lambda: Candidate("c")}, needed=9.1)
-    assert alive == set() and turns.notes == {"c": decode_7b.ALONE}
+    assert alive == set() and turns.notes == {"c": turns_module.ALONE}
     turns.add({"d": lambda: Candidate("d")}, needed=1.0)
     assert turns.rates == {name: [2.0, 2.0] for name in "abcd"}
 
 
 def test_a_candidate_that_fails_later_leaves_the_others():
     rates = iter([1.0, 1.0])
-    turns = decode_7b.Turns(3, CPU, float("inf"))
+    turns = turns_module.Turns(3, CPU, float("inf"))
     turns.add({"a": lambda: lambda: next(rates), "b": lambda: lambda: 3.0})
     assert turns.rates == {"a": [1.0], "b": [3.0] * 3}
     assert turns.notes == {"a": "stopped in round 2: StopIteration"}
@@ -117,7 +148,7 @@ def test_large_batches_fit_what_they_should():
     decoder with its bf16 cache beside one engine on 141 GB only."""
     bench = Bench("llama-7b", CPU, 2048, 128)
     own, compiled = (bench.needed(64, list(group)) for group in bench.decoding(64))
-    share = decode_7b.MEMORY_SHARE
+    share = turns_module.MEMORY_SHARE
     first = bench.needed(64, [f"{OURS}, steps"])
     assert own < share * 80e9 and compiled < 83e9
     assert share * (84e9 - first) < compiled < share * (149e9 - first)

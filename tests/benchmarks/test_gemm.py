@@ -36,7 +36,7 @@ def test_floors():
 def test_the_plan_begins_with_few_tokens_of_7b():
     found = gemm.plan(gemm.MODELS, gemm.FIRST, gemm.FEW, gemm.MANY)
     assert [(layer.name, m) for layer, m in found[:8]] == [
-        (name, m) for name in gemm.LAYERS for m in (1, 16)
+        (name, m) for m in (1, 16) for name in gemm.LAYERS
     ]
     assert len(found) == len(set(found)) == 3 * 4 * 13
     assert {layer.model for layer, _ in found[: 4 * 13]} == {"llama-7b"}

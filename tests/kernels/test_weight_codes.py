@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -114,13 +114,45 @@ def test_a_captured_graph_computes_the_codes(monkeypatch):
     for _ in range(3):  # what `make_graphed_callables` does to warm up
         layer.weight_codes()
     assert len(calls) == 1
-    with monkeypatch.context() as capture:
-        capture.setattr(torch.Tensor, "is_cuda", True)
-        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with capture(monkeypatch):
         layer.weight_codes()
         assert len(calls) == 2
-    layer.weight.data.neg_()  # as a replay of a captured optimizer step
-    assert_fresh(layer)
+    for _ in range(2):  # replays of a captured optimizer step, and a forward after each
+        layer.weight.data.neg_()
+        assert_fresh(layer)
+
+
+@contextmanager
+def capture(monkeypatch):
+    """As if a CUDA graph were captured."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+def test_a_captured_whole_step_computes_the_codes_once(monkeypatch):
+    layer = linear()
+    kept = layer.weight_codes()[0]
+    with capture(monkeypatch), qnn.whole_step():
+        first = layer.weight_codes()[0]
+        assert first is not kept and layer.weight_codes()[0] is first  # recompute, backward
+        layer.weight.data.neg_()
+        _next_step(layer)
+        assert layer.weight_codes()[0] is not first  # behind the optimizer, as without a graph
+    with capture(monkeypatch), qnn.whole_step():  # another graph: its replays must make their own
+        second = layer.weight_codes()[0]
+        assert second is layer.weight_codes()[0]
+        with qnn.whole_step():
+            assert layer.weight_codes()[0] is not second
+    for _ in range(2):  # replays
+        layer.weight.data.neg_()
+        assert_fresh(layer)
+
+
+def _next_step(layer):
+    """An optimizer's step that writes nothing."""
+    torch.optim.SGD(layer.parameters(), lr=0.0).step()
 
 
 def _sharded_by_a_stranger(wrap):
