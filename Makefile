@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TRANSFORMERS ?= 5.17.0
 TRITON ?= 3.6.0
+# What test-gpu and bench-gpu may take, each, of ten minutes: starting and summing up come on top.
+SECONDS ?= 570
 export OMP_WAIT_POLICY ?= PASSIVE
 # The packages of the extra `cuda-build`: nvcc for a machine that has none.
 CUDA_BUILD := import tomllib; p = tomllib.load(open('pyproject.toml', 'rb')); \
@@ -46,8 +48,11 @@ test: venv  ## the tests that run anywhere
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests
 
 # test_compiled.py needs no device. Most of the time goes to compiling, so the processes share the cases of a file too.
-test-gpu: venv  ## every Triton test and the others that need a CUDA device, compiled, in 10 minutes
-	TRITON_INTERPRET=0 timeout 600 $(BIN)/python -m pytest -n auto --maxprocesses 12 --dist worksteal \
+# The signal is that of Ctrl-C, to the first process alone: it ends the others and sums up what ran.
+test-gpu: venv  ## every Triton test and the others that need a CUDA device, compiled; benchmarks/results/test_gpu.*
+	TRITON_INTERPRET=0 timeout --foreground --signal=INT --kill-after=30 $(SECONDS) \
+		$(BIN)/python -m pytest -n auto --maxprocesses 12 --dist worksteal \
+		-p benchmarks.gpu_tests --gpu-results benchmarks/results \
 		-m "(gpu or triton) and not slow" --ignore tests/triton/test_compiled.py tests
 
 # Three processes keep two cores busy: the longest file takes half of the time.
@@ -71,8 +76,8 @@ format: venv  ## rewrite the sources in the house style
 bench: venv  ## every operator on this CPU against what one would use instead
 	$(BIN)/python -m benchmarks.run
 
-bench-gpu: venv  ## every figure of a GPU, the most important first; benchmarks/results in 10 minutes
-	$(BIN)/python -m benchmarks.gpu
+bench-gpu: venv  ## every figure of a GPU, the most important first; benchmarks/results, and report_cuda.md there
+	$(BIN)/python -m benchmarks.gpu --seconds $(SECONDS)
 
 kernels: venv  ## compile the Triton kernels that changed for sm_80 and sm_90, no GPU; writes docs/kernels
 	$(BIN)/python -m benchmarks.kernel_report --save

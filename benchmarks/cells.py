@@ -21,7 +21,15 @@ import torch
 from benchmarks import cuda, records
 from benchmarks.entry import Call, Cost, reason_of
 from benchmarks.roofline import Roofline, repeated, repetitions
-from benchmarks.timing import RESULTS, Timer, cuda_seconds, interleaved, summary, wall_seconds
+from benchmarks.timing import (
+    RESULTS,
+    Timer,
+    cuda_seconds,
+    interleaved,
+    summary,
+    wall_seconds,
+    warn_without_commit,
+)
 from llmqat_kernels import use_backend
 from llmqat_kernels.errors import InvalidArgument
 
@@ -234,6 +242,8 @@ class Recorder:
         self.path = results / f"{part}_{device.type}.csv"
         self._save = save
         self._here = records.where("events" if device.type == "cuda" else "wall", device)
+        if save:
+            warn_without_commit(device.type)
         self.failed = 0
         self.cells = 0
 

@@ -1,10 +1,10 @@
-"""Timing on a CUDA device: cold inputs, graph replay, events.
+"""Timing on a CUDA device: cold inputs and results, graph replay, events.
 
 One sample runs the call on several copies of its inputs in turn, more than four times the L2 cache
-between two uses of the same copy, so that data comes from memory as it does inside a model. The
-turn is captured as one CUDA graph and replayed, which takes the host out of the time; a call that
-cannot be captured (it waits for the device) is timed by events around eager calls, host included,
-and its row says ``events``.
+between two uses of the same copy, so that data comes from memory as it does inside a model. Every
+call of a turn writes to memory of its own, for the same reason. The turn is captured as one CUDA
+graph and replayed, which takes the host out of the time; a call that cannot be captured (it waits
+for the device) is timed by events around eager calls, host included, and its row says ``events``.
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def turn(calls: Sequence[Call]) -> Callable[[], None]:
     """One call on each copy."""
 
     def run() -> None:
-        for call in calls:
-            call()
+        # All results are held to the end of the turn: otherwise the next call would be given the
+        # memory of the last result, which is still in the cache, and would write faster than
+        # memory takes it. Results are part of a call's traffic, so that those of all copies are no
+        # more than `copies_for` lets the copies move: FLUSH times the cache and one call.
+        kept = [call() for call in calls]
+        del kept
 
     return run
 

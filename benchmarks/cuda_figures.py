@@ -20,6 +20,7 @@ from benchmarks.decode_7b import EAGER, INT4, OURS_CUDA
 from benchmarks.decode_7b import OURS as ENGINE
 from benchmarks.gemm import CUBLAS, LAYERS
 from benchmarks.gpu_figures import MISSING, RUN
+from benchmarks.records import commits_of
 from llmqat.errors import DataError
 
 FEW = (1, 2, 4, 8, 16)
@@ -64,9 +65,9 @@ def read_sweep(path: Path) -> Sweep:
     for row in rows:
         if row["processor"] == last["processor"]:
             found.setdefault(tuple(parse_cell(row["cell"]).items()), {})[row["candidate"]] = row
-    commits = dict.fromkeys(r["commit"] for cell in found.values() for r in cell.values())
+    commits = commits_of(r["commit"] for cell in found.values() for r in cell.values())
     versions = ", ".join(f"{key} {last[key]}" for key in ("torch", "triton", "driver") if last[key])
-    return Sweep(found, f"{last['processor']}, {versions}, commits {', '.join(commits)}")
+    return Sweep(found, f"{last['processor']}, {versions}, {commits}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.entries.linears import OWN_W8A8
 from benchmarks.qat_slice import GRAPH
-from benchmarks.records import OURS
+from benchmarks.records import OURS, commits_of
 from llmqat.errors import DataError
 
 MISSING = "not yet measured on a GPU"
@@ -326,13 +326,13 @@ def groups_of(path: Path) -> tuple[list[Group], str]:
         if case not in found:
             raise DataError(f"{path}: a baseline of {' '.join(case)} has no row before it")
         found[case].append(row)
-    commits = ", ".join(dict.fromkeys(group[0]["commit"] for group in found.values()))
+    commits = commits_of(group[0]["commit"] for group in found.values())
     versions = ", ".join(
         f"{name} {last[key]}"
         for key, name in (("torch", "torch"), ("triton", "Triton"), ("driver", "driver"))
         if last.get(key)
     )
-    return list(found.values()), f"{last['processor']}, {versions}, commits {commits}"
+    return list(found.values()), f"{last['processor']}, {versions}, {commits}"
 
 
 def table(results: Path, read_json: Callable[[Path], dict[str, Any] | None]) -> str:

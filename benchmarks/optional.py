@@ -126,7 +126,8 @@ def liger_distillation(
 
     def probabilities() -> Tensor:
         with torch.no_grad():
-            return torch.softmax((teacher @ teacher_head.T).float(), -1)
+            # One pass from logits to fp32 probabilities, without fp32 logits in between.
+            return torch.softmax(teacher @ teacher_head.T, -1, dtype=torch.float32)
 
     # KL plus the teacher's entropy is the cross entropy; it has no gradient and costs nothing here.
     p = probabilities()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -153,3 +153,8 @@ class Record:
 
 def _left_out(row: Row) -> bool:
     return str(row.get("gate", "")).startswith("left out")
+
+
+def commits_of(hashes: Iterable[str | None]) -> str:
+    """``commits abc, def``, each once; a result of a copy that knew none is from an unknown one."""
+    return "commits " + ", ".join(dict.fromkeys(commit or "unknown" for commit in hashes))

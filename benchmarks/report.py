@@ -7,7 +7,8 @@ README's tables come from benchmarks/results/*.json and, for the GPU, from *cuda
 `<!-- /figures -->`; the report of `make demo` is copied there first. The tables of
 docs/benchmarks.md come from the newest rows of benchmarks/results/<device>.csv and from the sweeps
 on a GPU (benchmarks/cuda_pages.py). A figure without a file says so, and a missed bar is marked.
-`--check` writes nothing and exits with 1 if a page is stale.
+Where anything was measured on a GPU, its tables of both pages also go to
+benchmarks/results/report_cuda.md. `--check` writes nothing and exits with 1 if a page is stale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cuda_figures, cuda_pages, gpu_figures
-from benchmarks.records import OURS, table_head, table_line
+from benchmarks.records import OURS, Row, commits_of, table_head, table_line
 from benchmarks.registry import cases
 from benchmarks.timing import RESULTS, save
 from llmqat.errors import DataError
@@ -178,7 +179,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 def figures(results: Path) -> str:
     """README's tables, and where they were measured."""
     lines = ["| figure | bar | measured | command |", "|---|---|---|---|"]
-    machines: dict[str, dict[str, None]] = {}
+    machines: dict[str, list[str | None]] = {}
     for figure in FIGURE_LIST:
         path = results / f"{figure.file}.json"
         result = read_result(path)
@@ -193,14 +194,18 @@ def figures(results: Path) -> str:
             except KeyError as error:
                 raise DataError(f"{path}: has no {error}; measure again") from error
             if environment := result.get("environment"):
-                commits = machines.setdefault(_machine(environment), {})
-                commits[environment["commit"]] = None
+                machines.setdefault(_machine(environment), []).append(environment["commit"])
         measured = text if met else f"{text}: bar missed"
         lines.append(f"| {figure.name} | {figure.bar} | {measured} | `{command}` |")
-    places = (f"{machine}, commits {', '.join(c)}" for machine, c in machines.items())
+    places = (f"{machine}, {commits_of(c)}" for machine, c in machines.items())
     where = f"\n\nMeasured on {'; '.join(places)}." if machines else ""
-    gpu = (module.table(results, read_result) for module in (gpu_figures, cuda_figures))
-    return "\n\n".join(["\n".join(lines) + where, *gpu])
+    return "\n\n".join(["\n".join(lines) + where, gpu_tables(results)])
+
+
+def gpu_tables(results: Path) -> str:
+    """README's tables of a GPU."""
+    modules = (gpu_figures, cuda_figures)
+    return "\n\n".join(module.table(results, read_result) for module in modules)
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -240,44 +245,73 @@ def newest(rows: Iterable[dict[str, str]]) -> dict[tuple[str, ...], dict[Any, li
     return found
 
 
-def kernel_tables(results: Path) -> str:
-    """One table for each machine that a results file knows, in the registry's order."""
+def row_tables(results: Path, device: str) -> list[str]:
+    """One table for each machine that <device>.csv knows, in the registry's order."""
+    path = results / f"{device}.csv"
+    if not path.exists():
+        return []
     order = [
         (case.entry.op, case.entry.variant, case.shape.label, case.dtype_name)
-        for device in ("cpu", "cuda")
-        for case in cases(device_type=device)
+        for place in ("cpu", "cuda")
+        for case in cases(device_type=place)
     ]
-    parts: list[str] = []
-    for path in (results / f"{device}.csv" for device in ("cpu", "cuda")):
-        if not path.exists():
-            continue
-        with path.open(newline="") as file:
-            sections = newest(csv.DictReader(file))
-        for machine, section in sections.items():
-            groups = [section[case] for case in order if case in section]
-            if not groups:
-                continue
-            commits = dict.fromkeys(group[0]["commit"] for group in groups)
-            dates = sorted({group[0]["time"][:10] for group in groups})
-            label = dict(zip(MACHINE, machine, strict=True))
-            title = f"{label['processor']} {label['isa']}".strip()
-            first = groups[0][0]
-            if first.get("cuda"):
-                title += f", CUDA {first['cuda']}, driver {first['driver']}"
-                title += f", triton {first['triton']}"
-            else:
-                title += f", {label['threads']} thread(s), {label['clock']} clock"
-            head = (
-                f"### {title}\n\nCommit {', '.join(commits)}, torch {groups[0][0]['torch']},"
-                f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
-            )
-            parts.append("\n".join([head, "", table_head(), *map(table_line, groups)]))
-    if not parts:
-        parts.append(f"Rows: {MISSING} (`make bench`).")
+    with path.open(newline="") as file:
+        sections = newest(csv.DictReader(file))
+    found = {
+        machine: [section[case] for case in order if case in section]
+        for machine, section in sections.items()
+    }
+    return [_row_table(machine, groups) for machine, groups in found.items() if groups]
+
+
+def _row_table(machine: tuple[str, ...], groups: Sequence[Sequence[Row]]) -> str:
+    """The rows of one machine, and where they come from."""
+    commits = commits_of(group[0]["commit"] for group in groups)
+    dates = sorted({group[0]["time"][:10] for group in groups})
+    label = dict(zip(MACHINE, machine, strict=True))
+    title = f"{label['processor']} {label['isa']}".strip()
+    first = groups[0][0]
+    if first.get("cuda"):
+        title += f", CUDA {first['cuda']}, driver {first['driver']}, triton {first['triton']}"
+    else:
+        title += f", {label['threads']} thread(s), {label['clock']} clock"
+    head = (
+        f"### {title}\n\nMeasured at {commits}, torch {first['torch']},"
+        f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+    return "\n".join([head, "", table_head(), *map(table_line, groups)])
+
+
+def gpu_rows(results: Path) -> str:
+    """The tables of a GPU in docs/benchmarks.md: operators, then sweeps."""
+    parts = row_tables(results, "cuda")
     if not (results / "cuda.csv").exists():
         parts.append(f"GPU rows: {gpu_figures.MISSING} (`{gpu_figures.RUN}`).")
-    parts.append(cuda_pages.sections(results, read_result))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, cuda_pages.sections(results, read_result)])
+
+
+def kernel_tables(results: Path) -> str:
+    """The tables of docs/benchmarks.md: the CPU's rows, then the GPU's."""
+    parts = row_tables(results, "cpu")
+    if not (parts or row_tables(results, "cuda")):
+        parts.append(f"Rows: {MISSING} (`make bench`).")
+    return "\n\n".join([*parts, gpu_rows(results)])
+
+
+def gpu_report(results: Path) -> str | None:
+    """Everything that was measured on a GPU as a page of its own; None where nothing was."""
+    if not any(path.suffix in (".csv", ".json") for path in results.glob("*cuda*")):
+        return None
+    return "\n\n".join(
+        [
+            "# Measured on a GPU",
+            f"By `{gpu_figures.RUN}`. What each table means: docs/benchmarks.md.",
+            "## Figures",
+            gpu_tables(results),
+            "## Rows",
+            gpu_rows(results) + "\n",
+        ]
+    )
 
 
 def between(page: str, markers: tuple[str, str], content: str) -> str:
@@ -302,23 +336,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.check:
         copy_demo(DEMO)
-    stale = False
-    for path, markers, content in (
-        (ROOT / "README.md", FIGURES, figures(RESULTS)),
-        (ROOT / "docs" / "benchmarks.md", ROWS, kernel_tables(RESULTS)),
-    ):
-        before = path.read_text()
-        after = between(before, markers, content)
-        if after == before:
-            continue
-        name = path.relative_to(ROOT)
-        if args.check:
-            stale = True
-            print(f"{name} is stale: run `python -m benchmarks.report`", file=sys.stderr)
-        else:
-            write_text(path, after)
-            print(f"{name} rewritten")
-    return int(stale)
+    readme, docs = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+    # The report of a GPU comes first: it needs no markers in a page.
+    pages: list[tuple[Path, Callable[[], str | None]]] = [
+        (RESULTS / "report_cuda.md", lambda: gpu_report(RESULTS)),
+        (readme, lambda: between(readme.read_text(), FIGURES, figures(RESULTS))),
+        (docs, lambda: between(docs.read_text(), ROWS, kernel_tables(RESULTS))),
+    ]
+    return int(any([not _current(path, make(), args.check) for path, make in pages]))
+
+
+def _current(path: Path, text: str | None, check: bool) -> bool:
+    """Whether a page is ``text`` (or there is none), which it becomes unless it is only checked."""
+    if text is None or (path.exists() and path.read_text() == text):
+        return True
+    name = path.relative_to(ROOT)
+    if check:
+        print(f"{name} is stale: run `python -m benchmarks.report`", file=sys.stderr)
+        return False
+    write_text(path, text)
+    print(f"{name} rewritten")
+    return True
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from benchmarks.timing import (
     require_device,
     summary,
     wall_seconds,
+    warn_without_commit,
 )
 from llmqat_kernels import dispatch
 from llmqat_kernels.errors import InvalidArgument
@@ -302,6 +303,8 @@ def measure_all(args: argparse.Namespace, chosen: Sequence[Case], device: torch.
     print(", ".join(f"{key} {value}" for key, value in here.items() if value))
     roofline = measure(device, timer, seconds)
     print(f"{describe(roofline)}\n\n{table_head()}", flush=True)
+    if not args.quick:
+        warn_without_commit(args.device)
     record = Record(None if args.quick else args.results / f"{args.device}.csv", here)
     record.store(_roofline_rows(roofline))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+TREE = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -93,13 +96,31 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit; None outside one, or without git."""
+    """The checkout's commit; outside one, or without git, what LLMQAT_COMMIT says, if anything."""
     command = ["git", "rev-parse", "--short", "HEAD"]
+    # A copy of the tree inside another checkout has not that one's commit.
+    own = {**os.environ, "GIT_CEILING_DIRECTORIES": str(TREE.parent)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=TREE, env=own
+        )
+        found = done.stdout.strip()
     except OSError:
-        return None
-    return done.stdout.strip() or None
+        found = ""
+    return found or os.environ.get("LLMQAT_COMMIT", "").strip() or None
+
+
+@cache
+def warn_without_commit(device_type: str) -> None:
+    """A line, once a process, where figures of a GPU are about to be saved that name no commit.
+
+    They are saved all the same: a figure that can be repeated is better than none.
+    """
+    if device_type == "cuda" and _commit() is None:
+        sys.stderr.write(
+            "warning: no commit stands beside what is saved: this tree is no git checkout;"
+            " set LLMQAT_COMMIT to the commit it was copied from\n"
+        )
 
 
 def _cuda_versions() -> dict[str, Any]:
@@ -146,6 +167,7 @@ def save(name: str, result: dict[str, Any], device: torch.device | None = None) 
     from llmqat.io import write_json
 
     RESULTS.mkdir(exist_ok=True)
+    warn_without_commit("cpu" if device is None else device.type)
     path = RESULTS / f"{name}.json"
     write_json(path, {"environment": environment(device), **result})
     return path

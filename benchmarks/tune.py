@@ -4,9 +4,11 @@
 
 For every bucket of shapes that the cases of `benchmarks.registry` ask for: the candidates of the
 kernel (``CANDIDATES`` of its file) must give the bits of the default tile, then they take turns
-with it. A candidate that is at least 2 % faster over all cases of the bucket goes into
-llmqat_kernels/backends/triton/tiles/sm_<arch>.json, from where launches take it; other buckets keep
-the kernel's own heuristic. Only forms that `benchmarks.kernel_report` checks are candidates.
+with it as benchmarks/cuda.py says: on inputs that are not in the cache, by replays of a CUDA graph,
+since a call from Python takes longer than many of these products. A candidate that is at least 2 %
+faster over all cases of the bucket goes into llmqat_kernels/backends/triton/tiles/sm_<arch>.json,
+from where launches take it; other buckets keep the kernel's own heuristic. Only forms that
+`benchmarks.kernel_report` checks are candidates.
 
 The table is written after every case, so that a run that is ended keeps what it found (for a bucket
 whose cases were not all measured: over those that were). With --budget no case starts after that
@@ -27,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,11 @@ import torch
 
 from benchmarks import cells, cuda
 from benchmarks.cells import DeviceLost
-from benchmarks.entry import Job, everything, reason_of
+from benchmarks.entry import Call, Job, everything, reason_of
 from benchmarks.kernel_forms import kernels_of, modules
-from benchmarks.registry import Case, cases, op_names
-from benchmarks.roofline import repeated, repetitions
+from benchmarks.registry import Case, cases
 from benchmarks.run import most_important_first
-from benchmarks.timing import Timer, cuda_seconds, environment, interleaved
+from benchmarks.timing import environment, warn_without_commit
 from llmqat.io import write_text
 from llmqat_kernels import use_backend
 from llmqat_kernels.backends.triton import interpreting, tiles
@@ -50,10 +52,25 @@ from llmqat_kernels.testing import assert_same_bits
 
 GAIN = 0.98
 """A candidate must take at most this share of the default's time."""
-SECONDS = 0.01
+ASKING = (
+    "quantized_linear",
+    "quantized_matmul",
+    "repacked_matmul",
+    "qat_linear",
+    "qat_matmul",
+    "integer_group_matmul",
+)
+"""The entries of the registry that ask for a tile with candidates; nothing else is built. The row
+kernels choose by the length of the row alone, and another tile of the loss sums in another order,
+which a tile must not."""
 DEFAULT = "default"
 ADVICE = "run again without it (--op names the entries to measure)"
 Candidates = Mapping[str, Sequence[Any]]
+Times = Callable[[dict[str, Sequence[Call]], int], tuple[dict[str, list[float]], dict[str, str]]]
+"""`cuda.times`: the calls of each candidate on copies of the inputs, rounds -> seconds of a call,
+and whether they were timed by a ``graph`` or by ``events``."""
+Timed = list[tuple[str, str, str]]
+"""(operator, bucket, how it was timed) of what was timed."""
 
 
 def compiled_as(variants: Iterable[Variant], tile: Any) -> bool:
@@ -137,12 +154,17 @@ def refusal(call: Callable[[], Any], expected: Sequence[torch.Tensor]) -> str:
 
 
 def measure(
-    job: Job, choices: Candidates, buckets: Buckets, timer: Timer, rounds: int
-) -> list[tuple[str, str]]:
+    job: Job,
+    choices: Candidates,
+    buckets: Buckets,
+    times: Times,
+    rounds: int,
+    others: Callable[[], Sequence[Call]] = tuple,
+) -> Timed:
     """Time every candidate of the operators that ``job`` asks a tile for.
 
-    Returns:
-        The (operator, bucket) pairs that were timed.
+    Args:
+        others: makes the same call on further copies of the inputs; not called if nothing is timed.
 
     Raises:
         AssertionError: the default tile does not pass the gate of the case.
@@ -150,16 +172,29 @@ def measure(
     job.gate()
     with tiles.asked() as asked:
         expected = everything(job.call())
+    found: dict[str, dict[str, Any]] = {}
+    for question in asked:
+        if question.op in choices:
+            found.setdefault(question.op, {})[question.key] = question.default
+    # Two shapes in one call: neither can be timed on its own.
+    alone = {op: next(iter(keys.items())) for op, keys in found.items() if len(keys) == 1}
+    calls = [job.call, *others()] if alone else []
     timed = []
-    for op in dict.fromkeys(question.op for question in asked if question.op in choices):
-        keys = {question.key: question.default for question in asked if question.op == op}
-        if len(keys) != 1:
-            continue  # two shapes in one call: neither can be timed on its own
-        ((key, default),) = keys.items()
+    for op, (key, default) in alone.items():
         bucket = buckets.setdefault((op, key), Bucket(default))
-        _measure_op(op, bucket, default, choices[op], job.call, expected, timer, rounds)
-        timed.append((op, key))
+        how = _measure_op(op, bucket, default, choices[op], calls, expected, times, rounds)
+        timed.append((op, key, how))
     return timed
+
+
+def with_tile(op: str, tile: Any, call: Call) -> Call:
+    """``call`` with a tile forced on an operator."""
+
+    def run() -> Any:
+        with tiles.forced(op, tile):
+            return call()
+
+    return run
 
 
 def _measure_op(
@@ -167,36 +202,33 @@ def _measure_op(
     bucket: Bucket,
     default: Any,
     choices: Sequence[Any],
-    call: Callable[[], Any],
+    calls: Sequence[Call],
     expected: Sequence[torch.Tensor],
-    timer: Timer,
+    times: Times,
     rounds: int,
-) -> None:
-    def with_tile(tile: Any) -> Callable[[], Any]:
-        def run() -> Any:
-            with tiles.forced(op, tile):
-                return call()
-
-        return run
-
-    runs = {DEFAULT: with_tile(default)}
-    named = {str(index): tile for index, tile in enumerate(choices) if tile != default}
-    for name, tile in named.items():
-        why = refusal(with_tile(tile), expected)
+) -> str:
+    """Add one case to a bucket; how it was timed."""
+    tried = {DEFAULT: default}
+    for index, tile in enumerate(choices):
+        if tile == default:
+            continue
+        why = refusal(with_tile(op, tile, calls[0]), expected)
         if why:
             bucket.refused[tile] = why
             cells.check_alive(expected[0].device, f"{op} {tile}", why, ADVICE)
             cuda.release(expected[0].device)
         else:
-            runs[name] = with_tile(tile)
-    count = repetitions(runs[DEFAULT], timer, SECONDS)
-    loops = {name: repeated(run, count) for name, run in runs.items()}
-    seconds = interleaved(loops, rounds, timer=timer)
+            tried[str(index)] = tile
+    seconds, how = times(
+        {name: [with_tile(op, tile, call) for call in calls] for name, tile in tried.items()},
+        rounds,
+    )
     base = seconds.pop(DEFAULT)
-    bucket.default_us.append(1e6 * statistics.median(base) / count)
+    bucket.default_us.append(1e6 * statistics.median(base))
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
-        bucket.ratios.setdefault(named[name], []).append(ratio)
+        bucket.ratios.setdefault(tried[name], []).append(ratio)
+    return "graph" if set(how.values()) == {"graph"} else "events"
 
 
 def merged(before: Mapping[str, Any], buckets: Buckets, where: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,21 +245,28 @@ def merged(before: Mapping[str, Any], buckets: Buckets, where: Mapping[str, Any]
     return {"arch": before["arch"], "source": "measured", **where, "tiles": kept}
 
 
+def further_calls(case: Case, device: torch.device) -> list[Call]:
+    """The call of a case on all copies of its inputs but the first."""
+    copies = cells.copies_on(device, case.cost.bytes)
+    return [case.build(device).call for _ in range(copies - 1)]
+
+
 def case_or_reason(
     case: Case,
     device: torch.device,
     choices: Candidates,
     buckets: Buckets,
-    timer: Timer,
+    times: Times,
     rounds: int,
-) -> list[tuple[str, str]] | str:
+) -> Timed | str:
     """What `measure` timed of a case, or why it could not.
 
     Raises:
         DeviceLost: the device does not answer any more.
     """
+    others = partial(further_calls, case, device)
     try:
-        return measure(case.build(device), choices, buckets, timer, rounds)
+        return measure(case.build(device), choices, buckets, times, rounds, others)
     except DeviceLost:
         raise
     except AssertionError as error:
@@ -242,7 +281,7 @@ def sweep(
     chosen: Sequence[Case],
     device: torch.device,
     choices: Candidates,
-    timer: Timer,
+    times: Times,
     rounds: int,
     write: Callable[[Buckets], None],
     deadline: float = math.inf,
@@ -258,7 +297,7 @@ def sweep(
                   f" {ops} measures them")  # fmt: skip
             break
         label = f"{case.name}, {case.shape.label}, {case.dtype_name}"
-        timed = case_or_reason(case, device, choices, buckets, timer, rounds)
+        timed = case_or_reason(case, device, choices, buckets, times, rounds)
         if buckets:
             write(buckets)
         if isinstance(timed, str):
@@ -266,14 +305,15 @@ def sweep(
             print(f"{label}: {timed}", file=sys.stderr)
             cuda.release(device)
             continue
-        for op, key in timed:
-            print(f"{label}: {op} {key}", flush=True)
+        for op, key, how in timed:
+            print(f"{label}: {op} {key} ({how})", flush=True)
     return buckets, failed
 
 
 def writer(path: Path, arch: int, device: torch.device) -> Callable[[Buckets], None]:
     """Writes the table of an architecture with what was measured so far in it."""
     before, found = tiles.table(arch), environment(device)
+    warn_without_commit(device.type)
     where = {"device": found["processor"], **{k: found[k] for k in ("triton", "torch", "commit")}}
 
     def write(buckets: Buckets) -> None:
@@ -289,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune", description="Time the candidate tiles on this GPU."
     )
-    parser.add_argument("--op", nargs="+", choices=op_names(), help="these benchmark entries only")
+    parser.add_argument("--op", nargs="+", choices=ASKING, help="these benchmark entries only")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, help="start no case after this many seconds")
     options = parser.parse_args(argv)
@@ -306,12 +346,12 @@ def tune(options: argparse.Namespace, device: torch.device) -> int:
     deadline = math.inf if options.budget is None else time.monotonic() + options.budget
     arch = tiles.architecture(device)
     path = tiles.FOLDER / f"sm_{arch}.json"
-    chosen = list(cases(options.op, device_type="cuda"))
+    chosen = list(cases(options.op or ASKING, device_type="cuda"))
     if options.budget is not None:
         chosen = most_important_first(chosen, "cuda")
     with use_backend("triton"):
         buckets, failed = sweep(
-            chosen, device, candidates(arch), cuda_seconds, options.rounds,
+            chosen, device, candidates(arch), cuda.times, options.rounds,
             writer(path, arch, device), deadline,
         )  # fmt: skip
     for (op, key), bucket in buckets.items():

@@ -59,7 +59,8 @@ GPU_DECODES = Grid(
 GPU_TRAINED = Grid((Shape("LLaMA-7B", {"n": 2048, **LLAMA}),), (torch.bfloat16,))
 APPEND_LENGTH = 128
 APPEND_SLOTS = 64
-VARIANTS = ((8, "serving"), (4, "serving"), (8, "paper"))
+VARIANTS = ((8, "serving"), (4, "serving"), (8, "paper"), (4, "paper"))
+"""Every cache that a checkpoint can ask for below 16 bits."""
 
 
 def _tables(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:

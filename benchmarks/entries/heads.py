@@ -104,7 +104,9 @@ def _loss(shape: Shape, dtype: torch.dtype, device: torch.device) -> Job:
     call = _step(lambda: qk.distillation_loss(*tensors), inputs)
 
     def compiled() -> Call:
-        fast = eager.compiled(eager.distillation_loss)
+        # Not max-autotune: that compiles and times candidates for every product, which at these
+        # sizes can take most of a run's time, and no figure of README reads this row.
+        fast = eager.compiled(eager.distillation_loss, mode=None)
         return _step(lambda: fast(*tensors), inputs)
 
     baselines = {

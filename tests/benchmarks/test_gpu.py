@@ -12,8 +12,9 @@ from benchmarks.gpu import PARTS, Part
 
 def test_the_most_important_come_first_and_the_shares_fill_the_time():
     place = {part.name: index for index, part in enumerate(PARTS)}
-    least = min(place[name] for name in ("generate_data", "equality_cuda", "equality_triton"))
-    assert max(place[name] for name in ("gemm", "decode_7b", "run", "qat_slice")) < least
+    assert place["generate_data"] == len(PARTS) - 1
+    # What makes every other figure worth reading does not depend on the longest part.
+    assert max(place[name] for name in ("equality_cuda", "equality_triton")) < place["run"]
     assert sum(part.share for part in PARTS) == pytest.approx(1.0)
     assert len(place) == len(PARTS)
 
@@ -21,6 +22,7 @@ def test_the_most_important_come_first_and_the_shares_fill_the_time():
 def test_the_part_with_most_rows_has_most_of_the_time():
     shares = {part.name: part.share for part in PARTS}
     assert max(shares, key=shares.__getitem__) == "run"
+    assert gpu.SECONDS + gpu.REPORT_SECONDS <= 600
     seconds = gpu.SECONDS - gpu.REPORT_SECONDS
     assert all(part.share * seconds - gpu.GRACE / 2 > gpu.LEAST / 2 for part in PARTS)
 

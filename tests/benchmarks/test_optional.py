@@ -1,11 +1,15 @@
 """Baselines of other packages: those that are installed run, the others say so."""
 
 import importlib.util
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import eager, optional
+from benchmarks.entry import Shape
 from benchmarks.registry import ENTRIES
 from llmqat_kernels.spec import activation, norm, quantize
 
@@ -55,6 +59,53 @@ def test_what_is_compiled_is_one_graph(function, args):
     actual = torch.compile(function, fullgraph=True, dynamic=False, backend="eager")(*args)
     for ours, theirs in zip(_tuple(actual), _tuple(expected), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """The package's fused loss in plain torch, and the targets it was given."""
+    targets = []
+
+    def fused(student, head, target):
+        targets.append(target)
+        return F.kl_div((student @ head.T).float().log_softmax(-1), target, reduction="batchmean")
+
+    package = SimpleNamespace(liger_fused_linear_kl_div=fused)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", package)
+    return targets
+
+
+def test_liger_gets_fp32_probabilities_in_one_pass(liger, monkeypatch):
+    """bf16 logits are never copied to fp32 first; the loss is that of the other baselines."""
+    student, head, teacher, teacher_head = (X + i for i in range(4))
+    student.requires_grad_()
+    head.requires_grad_()
+    tensors = (student, head, teacher, teacher_head)
+    seen, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, *a, **k: seen.append(x) or softmax(x, *a, **k))
+    loss, *gradients = optional.liger_distillation(*tensors)()
+    assert {x.dtype for x in seen} == {torch.bfloat16}
+    assert {target.dtype for target in liger} == {torch.float32}
+    assert torch.allclose(loss, eager.distillation_loss(*tensors), rtol=1e-5)
+    assert [g.shape for g in gradients] == [student.shape, head.shape]
+
+
+def test_products_of_a_head_are_not_autotuned(monkeypatch):
+    """It would take longer than everything else, for a row that no figure reads."""
+    modes = {}
+
+    def compile_(function, mode, **options):
+        modes[function.__name__] = mode
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    for entry in ENTRIES:
+        if entry.op in ("distillation_loss", "distillation_loss_logits"):
+            job = entry.build(Shape("x", {"n": 2, "K": 64, "V": 128}), torch.float32, X.device)
+            job.optional["torch.compile of F.cross_entropy"]()
+    assert modes == {"distillation_loss": None, "logits_loss": eager.MAX_AUTOTUNE}
 
 
 def _tuple(value):

@@ -109,6 +109,16 @@ def test_floors_by_hand():
     codes, scales, ends = 2 * 2 * 16 * 3 * 32, 2 * 2 * 16 * 3 * 4, 2 * 2 * 9 * 64 * 4
     assert decode.bytes == codes + scales + ends
     assert decode.flops == 4 * 2 * 9 * 16 * 64
+    paper = found["attention_decode KV4 paper", torch.float32]
+    assert paper.bytes == codes + scales // 3 + ends + 16 * 64 * 4
+    assert paper.flops == decode.flops + 3 * 2 * 3 * 16 * 64
+
+
+@pytest.mark.parametrize("op", ["rope_quantize_append", "attention_decode"])
+def test_every_kind_of_cache_is_measured(op):
+    kinds = {f"KV{bits} {mode}" for bits in (8, 4) for mode in ("paper", "serving")}
+    for device in ("cpu", "cuda"):
+        assert {case.entry.variant for case in cases([op], device_type=device)} == kinds
 
 
 def test_a_baseline_that_computes_something_else_is_refused():

@@ -119,6 +119,41 @@ def test_check_finds_a_stale_page_and_a_rewrite_mends_it(pages, capsys):
     assert "not yet measured" in text and "not yet measured" in docs.read_text()
 
 
+def gpu_row():
+    """A row as a GPU would have left it; its figures are made up."""
+    case = next(cases(["quantize"], device_type="cuda"))
+    here = {"time": "2026-01-01T00:00:00", "commit": "abc", "processor": "Some GPU", "isa": ""}
+    here |= {"threads": 1, "torch": "2.13.0", "clock": "events", "triton": "3.6.0"}
+    here |= {"cuda": "13.0", "driver": "1.2"}
+    roof = run.Roofline({1: 1e9}, 1e9, 1e9, 1e9)
+    measured = run.Measured({records.OURS: [1.0], "eager": [2.0]})
+    return [here | row for row in run.rows_of(case, "triton", measured, roof)]
+
+
+def test_what_a_gpu_measured_is_also_a_page_beside_it(pages, capsys):
+    folder = report.RESULTS
+    records.append(folder / "cpu.csv", rows(1.0, "2026-01-01T00:00:00"))
+    page = folder / "report_cuda.md"
+    assert report.main([]) == 0 and not page.exists()
+    records.append(folder / "cuda.csv", gpu_row())
+    assert report.main(["--check"]) == 1
+    assert "results/report_cuda.md is stale" in capsys.readouterr().err
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
+    text = page.read_text()
+    assert "### Some GPU, CUDA 13.0, driver 1.2, triton 3.6.0" in text and "eager 2.00x" in text
+    assert "| Triton kernels | bar |" in text and "| Quantized generation on a GPU" in text
+    assert "Some CPU" not in text
+    assert text.partition("## Rows\n\n")[2].strip() in pages[1].read_text()
+
+
+def test_a_page_without_markers_does_not_cost_the_gpu_report(pages):
+    records.append(report.RESULTS / "cuda.csv", gpu_row())
+    pages[0].write_text("# Title\n")
+    with pytest.raises(DataError, match="figures"):
+        report.main([])
+    assert (report.RESULTS / "report_cuda.md").exists()
+
+
 def test_lost_markers_are_an_error(pages):
     pages[0].write_text("# Title\n")
     with pytest.raises(DataError, match="figures"):
@@ -128,3 +163,8 @@ def test_lost_markers_are_an_error(pages):
 def test_the_repository_has_the_markers():
     for page, markers in (("README.md", report.FIGURES), ("docs/benchmarks.md", report.ROWS)):
         report.between((report.ROOT / page).read_text(), markers, "")
+
+
+def test_a_result_of_a_copy_without_a_commit_is_from_an_unknown_one():
+    assert records.commits_of(["abc", "abc", "def"]) == "commits abc, def"
+    assert records.commits_of([None, "", "abc"]) == "commits unknown, abc"

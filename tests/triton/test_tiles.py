@@ -148,9 +148,9 @@ def job(wrong=None):
 
 
 def clock(seconds):
-    """A timer that says how long the tile takes that a run asks for last."""
+    """What `cuda.times` stands for: how long the tile takes that a call asks for last."""
 
-    def timer(run):
+    def once(call):
         seen = []
 
         def spy(*question):
@@ -160,17 +160,24 @@ def clock(seconds):
         with pytest.MonkeyPatch.context() as patch:
             original = tiles.tile_for
             patch.setattr(tiles, "tile_for", spy)
-            run()
-        return seconds[seen[-1]] * len(seen)
+            call()
+        return seconds[seen[-1]]
 
-    return timer
+    def times(candidates, rounds):
+        found = {}
+        for name, calls in candidates.items():
+            each = [once(call) for call in calls]
+            found[name] = [sum(each) / len(each)] * rounds
+        return found, dict.fromkeys(candidates, "graph")
+
+    return times
 
 
 def measured(seconds, wrong=None):
     buckets = {}
     choices = {"matmul": (DEFAULT, OTHER, Tile(32, 128, 4))}
     timed = tune.measure(job(wrong), choices, buckets, clock(seconds), rounds=2)
-    assert timed == [("matmul", "M<=4")]
+    assert timed == [("matmul", "M<=4", "graph")]
     return buckets
 
 
@@ -214,6 +221,27 @@ def test_a_candidate_must_be_faster_over_all_cases_of_the_bucket():
         tune.measure(job(), choices, buckets, clock(seconds), rounds=1)
     (bucket,) = buckets.values()
     assert len(bucket.default_us) == 2 and bucket.best() is None
+
+
+def test_every_copy_of_the_inputs_takes_the_tile():
+    """The copies are made once, and only where something is timed."""
+    made, taken = [], []
+
+    def others():
+        made.append(True)
+        return [job().call] * 2
+
+    def times(candidates, rounds):
+        for name, calls in candidates.items():
+            with tiles.asked():
+                taken.append((name, [float(call()[0]) for call in calls]))
+        return {name: [1.0] for name in candidates}, {name: "graph" for name in candidates}
+
+    choices = {"matmul": (DEFAULT, OTHER)}
+    tune.measure(job(), choices, {}, times, 1, others)
+    assert taken == [(tune.DEFAULT, [1.0] * 3), ("1", [1.0] * 3)] and made == [True]
+    assert tune.measure(job(), {"norm": (DEFAULT,)}, {}, times, 1, others) == []
+    assert made == [True]
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
