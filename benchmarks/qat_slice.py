@@ -4,8 +4,9 @@
     python -m benchmarks.qat_slice --saved-only --model slice --tokens 128 --save
 
 Models: `slice` (LLaMA-7B's width, 4 layers, 2048 tokens), `smollm2` (SmolLM2-135M whole, 2048
-tokens), `narrow` (SmolLM2's width, 2 layers, 256 tokens) and `tiny`; random weights in bf16. Each
-candidate is a model of its own on the same data, teacher, loss (this package's) and optimizer:
+tokens), `narrow` (SmolLM2's width, 2 layers, 256 tokens), `deep` (30 layers of next to no
+arithmetic: what launching takes the host) and `tiny`; random weights in bf16. Each candidate is a
+model of its own on the same data, teacher, loss (this package's) and optimizer:
 
 * plain: no quantization, SDPA;
 * eager: the paper's quantizers (Eq. 3) in plain torch operations on weights, inputs of linears, K
@@ -17,9 +18,10 @@ without activation checkpointing: seconds, on a GPU launched from Python and as 
 (without the host, which small models wait for), memory of a step on top of weights and optimizer
 (GPU; codes of weights belong to the step), and the bytes that autograd keeps between forward and
 backward. These are counted by storage through `saved_tensors_hooks`, without parameters; codes of
-weights, which live as long as the weights, are counted beside them. They depend on the model, not on the device, and ours over plain
-not on the tokens: `--saved-only` counts them on a CPU at real widths, one candidate at a time. (The
-eager candidate also keeps a fake-quantized copy of every weight, whatever the tokens.)
+weights, which live as long as the weights, are counted beside them. They depend on the model, not
+on the device, and ours over plain not on the tokens: `--saved-only` counts them on a CPU at real
+widths, one candidate at a time. (The eager candidates also keep a fake-quantized copy of every
+weight, whatever the tokens.)
 
 Results are written after every model, with and without checkpointing on its own. A candidate that
 raises or whose loss is wrong is named with the reason and not timed; then the exit status is 1.
