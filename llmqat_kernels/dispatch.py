@@ -197,7 +197,8 @@ def resolve(op: str, device_type: str, requested: str) -> Choice:
 def call(op: str, args: tuple[Any, ...]) -> Any:
     """Run ``op`` on the backend its first tensor and the current request select."""
     choice = resolve(op, args[0].device.type, _requested)
-    if isinstance(choice.kernel, torch._ops.OpOverload):
+    native = isinstance(choice.kernel, torch._ops.OpOverload)
+    if native or not torch.is_autocast_enabled(choice.device_type):
         return choice.kernel(*args)
     # Operators have fixed dtypes: autocast must not reach the torch calls inside a backend.
     with torch.autocast(choice.device_type, enabled=False):
