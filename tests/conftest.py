@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process of the trainer takes one GPU
 
 import pytest
 import torch
@@ -36,8 +37,13 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
+    """No file may change, when it is imported, whether the kernels of all others are compiled."""
+    mode = os.environ["TRITON_INTERPRET"]
     try:
-        return (yield)
+        result = yield
+        if os.environ["TRITON_INTERPRET"] != mode:
+            raise pytest.UsageError("a file of tests sets TRITON_INTERPRET when it is imported")
+        return result
     finally:
         gc.freeze()
         gc.enable()
@@ -62,7 +68,7 @@ def select_backend(name):
     if name == "cpu" and not native.is_available():
         pytest.skip(f"cpu backend: {native.why_not()}")
     if name == "triton" and "cpu" not in triton.devices():
-        pytest.skip("triton backend: TRITON_INTERPRET=0, so its kernels read CUDA tensors only")
+        pytest.skip("TRITON_INTERPRET=0: no Triton on CPU tensors; tests/device has whole models")
     if name == "triton" and triton.why_not():
         pytest.skip(f"triton backend: {triton.why_not()}")
     return use_backend(name)

@@ -12,8 +12,8 @@ import json
 import os
 import sys
 
-os.environ |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 if __name__ == "__main__":  # before torch looks for a device
+    os.environ |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     ctypes.CDLL(sys.argv[1])
 
 import torch

@@ -21,6 +21,7 @@ from llmqat_kernels import use_backend
 from llmqat_kernels.backends import triton
 from tests.llmqat.test_fused import MODES, fused
 from tests.llmqat.tiny import random_tokens, tiny_llama
+from tests.triton.device import DEVICE
 
 W4A8 = QATConfig.parse("4-8-4")
 
@@ -136,14 +137,15 @@ def test_saved_activations(dtype):
 # The same curve on every backend
 
 
-def train(steps, layers):
+def train(steps, layers, device):
     """Losses of a distillation: layers of width 32, 2 x 3 tokens a step, AdamW."""
     teacher, student = (
-        tiny_llama(seed, heads=2, kv_heads=1, intermediate=64, layers=layers) for seed in (20, 21)
+        tiny_llama(seed, heads=2, kv_heads=1, intermediate=64, layers=layers).to(device)
+        for seed in (20, 21)
     )
     prepare(student, W4A8, fused=True).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
-    tokens, losses = random_tokens(0, 2, 3), []
+    tokens, losses = random_tokens(0, 2, 3).to(device), []
     with torch.no_grad():
         target = teacher(tokens).logits
     for _ in range(steps):
@@ -156,13 +158,14 @@ def train(steps, layers):
     return losses
 
 
-def curve(backend, steps, layers):
+def curve(backend, *run):
     with use_backend(backend):
-        return train(steps, layers)
+        return train(*run)
 
 
-def same_curve(backend, steps, layers=2):
-    expected, got = curve("reference", steps, layers), curve(backend, steps, layers)
+def same_curve(backend, steps, layers=2, device="cpu"):
+    run = steps, layers, device
+    expected, got = curve("reference", *run), curve(backend, *run)
     assert expected[-1] < expected[0] - 0.01 * steps
     for step, (a, b) in enumerate(zip(expected, got, strict=True)):
         assert abs(a - b) <= 1e-4 * abs(a), step
@@ -172,19 +175,16 @@ def test_the_loss_curve_is_the_same_on_cpu():
     same_curve("cpu", 50)
 
 
-INTERPRETED = [
+TRITON = [
     pytest.mark.triton,
     pytest.mark.skipif(bool(triton.why_not()), reason=f"triton: {triton.why_not()}"),
-    pytest.mark.skipif("cpu" not in triton.devices(), reason="TRITON_INTERPRET=0"),
 ]
+HOURS = [pytest.mark.slow, pytest.mark.timeout(3600)] if triton.interpreting() else []
 
 
 @pytest.mark.parametrize(
     ("steps", "layers"),
-    [
-        pytest.param(2, 2, marks=INTERPRETED),
-        pytest.param(50, 1, marks=[*INTERPRETED, pytest.mark.slow, pytest.mark.timeout(3600)]),
-    ],
+    [pytest.param(2, 2, marks=TRITON), pytest.param(50, 1, marks=[*TRITON, *HOURS])],
 )
 def test_the_loss_curve_is_the_same_on_triton(steps, layers):
-    same_curve("triton", steps, layers)
+    same_curve("triton", steps, layers, DEVICE)

@@ -35,10 +35,14 @@ def build_trainer(
         )
         if name in options
     }
-    settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 2, "save_steps": 3}
-    arguments = training_arguments(
-        str(folder), max_steps=steps, use_cpu=True, disable_tqdm=True, **{**settings, **options}
-    )
+    settings = {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "save_steps": 3,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = training_arguments(str(folder), max_steps=steps, **{**settings, **options})
     data = data or token_rows()
     return QATTrainer(student, arguments, data, teacher=teacher, **{"health_steps": 2, **named})
 

@@ -1,5 +1,6 @@
 """A decode step of Triton kernels: no value read on the host between them, and how many there are.
-The wrappers run as they would on a device.
+The wrappers run as they would on a device, on CPU tensors: what a device does with their launches
+is the subject of tests/llmqat/test_graphs.py and of tests/device.
 """
 
 import importlib

@@ -1,5 +1,6 @@
 """Whole models on the Triton backend: the law of tests/llmqat/test_parity.py on fewer seeds, and
-the engine. CPU tensors only: the interpreter runs the kernels that a GPU would run.
+the engine. CPU tensors only: the interpreter runs the kernels that a GPU would run; tests/device
+has the same on a GPU.
 """
 
 import pytest

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from llmqat_kernels.backends import triton as backend
 from tests.twin import graphs
-from tests.twin.tensors import CUDA, RAN, inner
+from tests.twin.tensors import CUDA, inner
 
 PROPERTIES = SimpleNamespace(
     name="twin", major=9, minor=0, multi_processor_count=132, L2_cache_size=60 << 20
@@ -117,7 +117,6 @@ def _interpret_twins():
             launch(executor, *args, **kwargs)
 
     def call(executor, *args, **kwargs):
-        RAN.add(executor.fn.__name__)
         graphs.TAPE.run(run, (executor, *tree_map(inner, args)), tree_map(inner, kwargs))
 
     interpreter.GridExecutor.__call__ = call

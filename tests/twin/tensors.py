@@ -27,7 +27,7 @@ ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::_unsafe_index",
 FIRST_DECIDES = ("aten::index", "aten::_unsafe_index", "aten::copy_")
 """Their result is where the first operand is."""
 RAN: set[str] = set()
-"""Triton kernels, and operators of the native library, that ran on the device."""
+"""Operators of the native library that ran on the device, and what a flow's place adds."""
 
 
 class Twin(torch.Tensor):
@@ -125,12 +125,28 @@ def _own(op, args, kwargs, twins):
         with device():
             return choice.kernel(*args)
     RAN.add(op.name())
+    _check_as_the_library(op, args)
 
     def stand_in(*args):
         with use_backend("reference"):
             return dispatch.resolve(name, "cpu", "reference").kernel(*args)
 
     return _wrap(TAPE.run(stand_in, tree_map(inner, args), {}), twins)
+
+
+def _check_as_the_library(op, args):
+    """RuntimeError for settings that the reference takes and csrc/bindings refuses on CUDA."""
+    name = op.name().partition("::")[2]
+    given = {
+        argument.name: value for argument, value in zip(op._schema.arguments, args, strict=True)
+    }
+    if not name.startswith(("quantized_", "repacked_")):
+        return
+    if given["group_size"] != -1:
+        raise RuntimeError(f"{name}: group_size: the cuda kernels take one scale a channel (-1)")
+    is_float = name.startswith("repacked_linear") or given.get("a_bits", 8) > 8
+    if is_float and (given["x"].dtype == torch.float32 or given["w_bits"] > 4):
+        raise RuntimeError(f"{name}: x: no cuda kernel for these float activations")
 
 
 def _out_dtype_mm(a, b, dtype):

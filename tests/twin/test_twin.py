@@ -1,4 +1,4 @@
-"""Whole runs on a device that torch takes for a GPU, on a machine that has none."""
+"""The flows of tests/device on a device that torch takes for a GPU, on a machine that has none."""
 
 import hashlib
 import importlib.util
