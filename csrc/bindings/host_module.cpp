@@ -50,18 +50,28 @@ PYBIND11_MODULE(_host, m) {
       "(channel, column) of a place: the inverse; n and more, or k and more, is padding.");
 
   // The work of the CUDA linears (heuristics_linear.h).
-  m.def("linear_blocks", &llmqat::linear_blocks, py::arg("units"), py::arg("sms"),
-        "Persistent blocks of threads for so many units on so many multiprocessors.");
-  m.def("linear_first_unit", &llmqat::linear_first_unit, py::arg("units"), py::arg("blocks"),
-        py::arg("block"), "The first unit of a block; its last is before that of the next.");
-  m.def("linear_owner", &llmqat::linear_owner, py::arg("units"), py::arg("blocks"), py::arg("unit"),
-        "The block that has a unit.");
-  m.def("linear_workspace_bytes", &llmqat::linear_workspace_bytes, py::arg("sms"),
-        "Bytes of tickets and partial sums on a device with so many multiprocessors.");
-  m.def("linear_float_splits", &llmqat::linear_float_splits, py::arg("tile_blocks"),
-        py::arg("stages"), py::arg("sms"), "Parts that float sums are cut into; never by M.");
   m.def("linear_token_tiles", &llmqat::linear_token_tiles, py::arg("m"),
         "Columns of 8 tokens of the kernel for m tokens: 1, 2, 4 or 8.");
+  m.def("linear_ways", &llmqat::linear_ways, py::arg("token_tiles"),
+        "Warps of a block that share the k of the same channels.");
+  m.def("linear_blocks_per_sm", &llmqat::linear_blocks_per_sm, py::arg("token_tiles"),
+        py::arg("resident"), py::arg("wanted") = 0,
+        "Blocks a multiprocessor of an integer linear, where `resident` fit on one.");
+  m.def(
+      "linear_plan",
+      [](int64_t groups, int64_t stages, int64_t stage_bytes, int64_t sms, int64_t per_sm) {
+        const llmqat::LinearPlan plan =
+            llmqat::linear_plan(groups, stages, stage_bytes, sms, per_sm);
+        return py::make_tuple(plan.blocks, plan.whole, plan.cut);
+      },
+      py::arg("groups"), py::arg("stages"), py::arg("stage_bytes"), py::arg("sms"),
+      py::arg("per_sm"), "(blocks, whole groups of each, groups that all of them share).");
+  m.def("linear_workspace_bytes", &llmqat::linear_workspace_bytes, py::arg("sms"),
+        "Bytes of tickets and partial sums on a device with so many multiprocessors.");
+  m.def("linear_float_splits", &llmqat::linear_float_splits, py::arg("groups"), py::arg("stages"),
+        py::arg("sms"), "Parts that float sums are cut into; never by M.");
+  m.def("linear_float_cut", &llmqat::linear_float_cut, py::arg("stages"), py::arg("splits"),
+        py::arg("split"), "The first stage of a part of float sums.");
 
   // The work of the CUDA attention operators (heuristics_attention.h).
   m.attr("ATTENTION_SPLIT") = llmqat::kAttentionSplit;

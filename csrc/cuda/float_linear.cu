@@ -6,8 +6,9 @@
 //           are subtracted, exactly.
 // Shapes:   x[m, k], w: fragment_layout.h (the layout of integer_linear), y[m, n] (or [m, n / 2]).
 // Dtypes:   fp16 or bf16 x and y, fp32 sums and scales.
-// Tiling:   as integer_linear, m16n8k16: 4 warps of 32 channels, 256 k a stage, three stages of
-//           cp.async (two for 64 tokens, so that two blocks fit an SM). One block a tile and split.
+// Tiling:   as integer_linear beyond 8 tokens, m16n8k16: 4 warps of 32 channels, 128 k a stage, 3
+// to
+//           5 stages of cp.async (linear_pipeline.cuh). One block a group and split.
 // Cost:     memory-bound for m <= 32: n * k / 2 bytes.
 // Numerics: 2x rule. The weight is not rounded to x's dtype: its scale multiplies the fp32 sum.
 //           Stages are cut by n, k and the device alone and added in order: a row's result depends
@@ -21,7 +22,6 @@
 namespace llmqat {
 namespace {
 
-constexpr int kStageK = kLoads * kFragmentK;
 constexpr int kAndOr = 0xEA, kAndXor = 0x6A;  // (a & b) | c, (a & b) ^ c as truth tables
 
 // How 4-bit codes become T, two at a time.
@@ -66,29 +66,28 @@ LLMQAT_DEVICE void convert(uint32_t bytes, uint32_t (&pair)[2][2]) {
 }
 
 template <class T, int kTokenTiles>
-struct FloatStage {
-  static constexpr int kBuffers = kTokenTiles == 8 ? 2 : 3;
-  static constexpr int kPad = 16;  // a warp reads 16 of each 32 bytes of two rows at a time
-  using Ring = ActivationRing<kTokenTiles, kStageK * 2, kPad, kBuffers>;
+struct FloatGroup {
+  // Lanes read every second chunk of a row at a time: rows of odd number begin with the others.
+  using Ring = LinearRing<true, kTokenTiles, 2, 1, 1>;
   static constexpr int kSharedBytes = Ring::kBytes + 16;
 
   float acc[2][kTokenTiles][4];
 
-  LLMQAT_DEVICE void consume(const unsigned char* buffer, Word4 (&held)[kLoads],
-                             const WeightStream& next, int lane) {
-    const unsigned char* rows = buffer + lane / 4 * Ring::kStride + lane % 4 * 32;
+  LLMQAT_DEVICE void consume(const unsigned char* buffer, int warp, int lane) {
+    const unsigned char* weights = Ring::weights(buffer, warp, lane);
 #pragma unroll
-    for (int slot = 0; slot < kLoads; ++slot) {
+    for (int slot = 0; slot < Ring::kLoads; ++slot) {
+      const int chunk = slot / 2 * 8 + lane % 4 * 2 + slot % 2;
+      const unsigned char* rows = Ring::activations(buffer, warp, lane, chunk);
       Word4 x[kTokenTiles];  // eight neighbours in k
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; ++j) {
-        x[j] = load_16(rows + j * 8 * Ring::kStride + slot / 2 * 128 + slot % 2 * 16);
-      }
+      for (int j = 0; j < kTokenTiles; ++j) x[j] = load_16(rows + j * 8 * Ring::kRowBytes);
+      const Word4 packed = load_16(weights + slot * kFragmentBytes);
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         uint32_t even[2][2], odd[2][2];  // rows group and group + 8 of the MMA
-        convert<T>(held[slot].v[2 * step], even);
-        convert<T>(held[slot].v[2 * step + 1], odd);
+        convert<T>(packed.v[2 * step], even);
+        convert<T>(packed.v[2 * step + 1], odd);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           const uint32_t w[4] = {even[part][0], odd[part][0], even[part][1], odd[part][1]};
@@ -99,24 +98,24 @@ struct FloatStage {
           }
         }
       }
-      held[slot] = next.load(slot);
     }
   }
 
   // Every split stores its sums; the last one to come adds them all in order and leaves zeros.
-  LLMQAT_DEVICE bool combine(const LinearArgs& args, int tile_block, int split, int32_t* flag,
+  LLMQAT_DEVICE bool combine(const LinearArgs& args, int group, int split, int32_t* flag,
                              int lane) {
     constexpr int kValues = kTokenTiles * 8;
+    constexpr int kSlot = kTokenTiles * static_cast<int>(kColumnValues);
     float* values =
         reinterpret_cast<float*>(static_cast<unsigned char*>(args.p.workspace) + kTicketBytes) +
-        static_cast<int64_t>(tile_block) * args.splits * kSlotValues + threadIdx.x;
-    uint32_t* ticket = static_cast<uint32_t*>(args.p.workspace) + tile_block;
+        static_cast<int64_t>(group) * args.splits * kSlot + threadIdx.x;
+    uint32_t* ticket = static_cast<uint32_t*>(args.p.workspace) + group;
     const int first_token = lane % 4 * 2;
     const auto there = [&](int v) { return v / 8 * 8 + first_token + v % 2 < args.p.m; };
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       if (!there(v)) continue;
-      values[split * kSlotValues + v * kLinearThreads] = acc[v / 4 % 2][v / 8][v % 4];
+      values[split * kSlot + v * kLinearThreads] = acc[v / 4 % 2][v / 8][v % 4];
     }
     if (!is_last_arriver(ticket, 1, static_cast<uint32_t>(args.splits), flag)) return false;
 #pragma unroll
@@ -126,7 +125,7 @@ struct FloatStage {
 #pragma unroll
       for (int v = 0; v < kValues; ++v) {
         if (!there(v)) continue;
-        float* part = values + s * kSlotValues + v * kLinearThreads;
+        float* part = values + s * kSlot + v * kLinearThreads;
         acc[v / 4 % 2][v / 8][v % 4] = add_rn(acc[v / 4 % 2][v / 8][v % 4], *part);
         *part = 0.0f;
       }
@@ -135,55 +134,57 @@ struct FloatStage {
   }
 };
 
+// The stage that a split begins with. Stages are cut two by two.
+LLMQAT_DEVICE int first_stage(const LinearArgs& args, int split) {
+  const int first = 2 * linear_float_cut((args.stages + 1) / 2, args.splits, split);
+  return first < args.stages ? first : args.stages;
+}
+
 template <class T, int kTokenTiles>
-LLMQAT_KERNEL_MIN_BLOCKS(kLinearThreads, kLinearBlocksPerSm)
+LLMQAT_KERNEL_MIN_BLOCKS(kLinearThreads, kLinearFloatBlocksPerSm)
 float_linear_kernel(const LinearArgs args) {
-  using Stage = FloatStage<T, kTokenTiles>;
-  using Ring = typename Stage::Ring;
+  using Group = FloatGroup<T, kTokenTiles>;
+  using Ring = typename Group::Ring;
+  constexpr int kBuffers = Ring::kBuffers;
   LLMQAT_DYNAMIC_SHARED(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int tile_block = static_cast<int>(blockIdx.x) / args.splits;
+  const int group = static_cast<int>(blockIdx.x) / args.splits;
   const int split = static_cast<int>(blockIdx.x) % args.splits;
-  int stage = static_cast<int>(linear_first_unit(args.stages, args.splits, split));
-  const int end = static_cast<int>(linear_first_unit(args.stages, args.splits, split + 1));
+  const int begin = first_stage(args, split);
+  int left = first_stage(args, split + 1) - begin, to_issue = left;
 
-  WeightStream weights(args, tile_block, stage, warp, lane);
-  Word4 held[kLoads];
-#pragma unroll
-  for (int slot = 0; slot < kLoads; ++slot) held[slot] = weights.load(slot);
-  int ahead = stage, fill = 0, buffer = 0;
-  const auto issue = [&] {
-    if (ahead < end) Ring::issue(shared, fill, args, ahead, 2);
+  LinearFeed<Ring> feed(args, shared, group, begin);
+  const auto issue = [&](int buffer) {
+    if (to_issue-- > 0) feed.issue(buffer);
     cp_async_commit();
-    ++ahead;
-    if (++fill == Stage::kBuffers) fill = 0;
   };
-#pragma unroll
-  for (int i = 0; i < Stage::kBuffers - 1; ++i) issue();
+#pragma unroll 1
+  for (int i = 0; i < kBuffers - 1; ++i) issue(i * Ring::kStageBytes);
 
-  Stage tile;
+  Group sums;
 #pragma unroll
-  for (int v = 0; v < kTokenTiles * 8; ++v) tile.acc[v / 4 % 2][v / 8][v % 4] = 0.0f;
-  for (; stage < end; ++stage) {
-    cp_async_wait<Stage::kBuffers - 2>();
+  for (int v = 0; v < kTokenTiles * 8; ++v) sums.acc[v / 4 % 2][v / 8][v % 4] = 0.0f;
+  int buffer = 0, free = (kBuffers - 1) * Ring::kStageBytes;
+#pragma unroll 1
+  for (; left > 0; --left) {
+    cp_async_wait<kBuffers - 2>();
     sync_block();  // this stage is there for all; the one before it is free to be filled
-    issue();
-    if (stage + 1 < end) weights.advance();
-    tile.consume(shared + buffer * Ring::kBufferBytes, held, weights, lane);
-    if (++buffer == Stage::kBuffers) buffer = 0;
+    sums.consume(shared + buffer, warp, lane);
+    issue(free);
+    free = buffer;
+    buffer = buffer == (kBuffers - 1) * Ring::kStageBytes ? 0 : buffer + Ring::kStageBytes;
   }
   auto* flag = reinterpret_cast<int32_t*>(shared + Ring::kBytes);
-  if (args.splits == 1 || tile.combine(args, tile_block, split, flag, lane)) {
-    store_tile<false>(args, tile_block * kLinearTiles + warp, lane, tile.acc);
+  if (args.splits == 1 || sums.combine(args, group, split, flag, lane)) {
+    store_tile<false>(args, group * kLinearTiles + warp, lane, sums.acc);
   }
 }
 
 template <class T, int kTokenTiles>
 void launch(const LinearArgs& args, void* stream) {
   LLMQAT_LAUNCH_SHARED((float_linear_kernel<T, kTokenTiles>),
-                       dim3(static_cast<unsigned>(args.tile_blocks) * args.splits),
-                       dim3(kLinearThreads),
-                       static_cast<size_t>(FloatStage<T, kTokenTiles>::kSharedBytes), stream, args);
+                       dim3(static_cast<unsigned>(args.groups) * args.splits), dim3(kLinearThreads),
+                       static_cast<size_t>(FloatGroup<T, kTokenTiles>::kSharedBytes), stream, args);
 }
 
 template <class T>
@@ -192,8 +193,11 @@ int run(const LlmqatLinear& problem, void* stream) {
     const int64_t left = problem.m - first;
     const int64_t rows = left < kLinearTokens ? left : kLinearTokens;
     LinearArgs args;
-    if (!linear_args(linear_rows(problem, first, rows, 2), 2, args)) return cudaErrorInvalidValue;
-    args.splits = static_cast<int>(linear_float_splits(args.tile_blocks, args.stages, problem.sms));
+    if (!linear_args(linear_rows(problem, first, rows, 2), 2, 1, args)) {
+      return cudaErrorInvalidValue;
+    }
+    const int pairs = (args.stages + 1) / 2;
+    args.splits = static_cast<int>(linear_float_splits(args.groups, pairs, problem.sms));
     switch (linear_token_tiles(rows)) {
       case 1: launch<T, 1>(args, stream); break;
       case 2: launch<T, 2>(args, stream); break;

@@ -61,6 +61,42 @@ def test_every_schedule_and_cut_gives_the_same_bits(kernels, schedule):
         )
 
 
+# m, n, k, multiprocessors, blocks on each: groups that all blocks share before each has whole ones
+# of its own (at 8 tokens a group is 32 channels, beyond it is 128), or that they share alone.
+CUTS = [
+    (3, 150, 1900, 1, 3),
+    (8, 96, 5120, 2, 2),
+    (2, 40, 2060, 3, 8),
+    (12, 600, 530, 1, 3),
+    (40, 384, 1290, 2, 2),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("m, n, k, sms, per_sm", CUTS)
+def test_cut_groups_and_whole_ones(kernels, monkeypatch, m, n, k, sms, per_sm, schedule):
+    kernels.use_schedule(schedule)
+    monkeypatch.setenv("LLMQAT_LINEAR_BLOCKS_PER_SM", str(per_sm))
+    bits = 4 if SCHEDULES.index(schedule) % 2 == 0 or m == 3 else 8
+    a, sx, w, sw = case(m, n, k, bits)
+    want = spec.quantized_matmul(a, sx, w, sw, None, bits, -1, torch.float32)
+    packed = layout(w, bits == 4)
+    got = run(kernels, a, sx, packed, sw, want.dtype, nibbles=bits == 4, sms=sms)
+    assert_same_bits(got, want)
+
+
+@pytest.mark.parametrize("wanted", ["", "0", "-1", "many", "100"])
+def test_any_wish_for_blocks_is_safe(kernels, monkeypatch, wanted):
+    """The workspace that `run` makes has the slots of the documented most."""
+    kernels.use_schedule("reverse")
+    monkeypatch.setenv("LLMQAT_LINEAR_BLOCKS_PER_SM", wanted)
+    for m in (2, 20, 40):
+        a, sx, w, sw = case(m, 300, 800, 4)
+        want = spec.quantized_matmul(a, sx, w, sw, None, 4, -1, torch.float32)
+        got = run(kernels, a, sx, layout(w, True), sw, want.dtype, nibbles=True, sms=1)
+        assert_same_bits(got, want)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_worst_case_accumulators(kernels, bits):
     """All codes extreme, of both signs, at a K where fp32 accumulation would be wrong."""

@@ -7,7 +7,7 @@ import torch
 
 from llmqat_kernels.spec.int4 import pack_int4
 from llmqat_kernels.testing import assert_same_bits
-from tests.emulator.build import compile_kernel
+from tests.emulator.build import SCHEDULES, compile_kernel
 from tests.emulator.linear import case, layout
 from tests.emulator.memory import guard, poisoned
 
@@ -36,9 +36,10 @@ def repack(kernels, w, nibbles, columns=None):
     return out.check(), not misfit.check().item()
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("n, k", [(1, 1), (31, 130), (34, 128), (66, 257)])
-def test_repack_is_the_described_permutation(kernels, n, k):
-    kernels.use_schedule("reverse")
+def test_repack_is_the_described_permutation(kernels, n, k, schedule):
+    kernels.use_schedule(schedule)
     for bits in (4, 8):
         w = case(1, n, k, bits)[2]
         w[0, 0] = -8

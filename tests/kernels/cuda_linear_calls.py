@@ -24,15 +24,17 @@ TOKENS = (1, 9, 24, 65)
 LIMIT = 1e-2
 """Of float products: fp32 sums in another order, then rounded once, to 8 bits or more."""
 
-# N, K. Two blocks of channels, the second not full. K 528 is three stages of 4-bit weights, the
-# last one half, and five of int8: a block has the end of the first tile and the beginning of the
-# second. K 96 is one stage: a block has both tiles whole.
-CUT, WHOLE = (150, 528), (150, 96)
+# N, K. Groups of channels, the last one not full. Up to 8 tokens a group is 32 channels and a stage
+# 512 k, beyond 128 channels and 128 k: with these K blocks share the groups, and some have the end
+# of one and the beginning of the next. K 96 is one stage, of which each block has a group whole.
+FEW, CUT, WHOLE = (150, 4200), (150, 1136), (150, 96)
 ODD = (70, 393)
 """Rows of activations that are no multiple of 16 bytes, of int8 as of 16-bit floats."""
 SPLIT = (150, 2088)
-"""Nine stages, the last one half: two splits of float sums."""
+"""17 stages: two splits of float sums."""
 LARGE, LARGE_SPLIT = (1100, 1136), (1100, 4112)
+WIDE = (15000, 600)
+"""More groups than blocks: they share some, then each has one of its own."""
 
 
 def quantize() -> Iterator[Case]:
@@ -76,20 +78,20 @@ def repacked_matmul() -> Iterator[Case]:
     number = 0
     for bits in (4, 8):
         for m in TOKENS:
-            yield _integer(m, CUT, bits, number)
+            yield _integer(m, FEW if m <= 8 else CUT, bits, number)
             number += 1
         for m, size in ((9, ODD), (3, WHOLE), (0, ODD)):
             yield _integer(m, size, bits, number)
             number += 1
-        for m in (1, 24, 65):
-            yield _integer(m, LARGE, bits, number, small=False)
+        for m, size in ((1, LARGE), (24, LARGE), (65, LARGE), (2, WIDE)):
+            yield _integer(m, size, bits, number, small=False)
             number += 1
 
 
 def repacked_matmul_silu_mul() -> Iterator[Case]:
     for bits in (4, 8):
         for m, dtype in ((9, torch.bfloat16), (24, torch.float32), (2, torch.float16)):
-            n, k = CUT
+            n, k = FEW if m <= 8 else CUT
             codes, scale = _codes(n, k, bits)
             a, a_scale = qk.quantize(torch.randn(m, k), 8)
             rest = n, bits, -1, dtype
@@ -102,9 +104,9 @@ def repacked_matmul_silu_mul() -> Iterator[Case]:
 
 
 def repacked_matmul_add() -> Iterator[Case]:
-    n, k = CUT
     for bits in (4, 8):
         for m, dtype in ((9, torch.bfloat16), (65, torch.float32), (2, torch.float16)):
+            n, k = FEW if m <= 8 else CUT
             codes, scale = _codes(n, k, bits)
             a, a_scale = qk.quantize(torch.randn(m, k), 8)
             residual = torch.randn(m, n).to(dtype)

@@ -7,19 +7,18 @@ threads meet. ``test_cuda_cases.py`` lists what the cases must reach together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 
 from llmqat_kernels import _host as host
 from tests.kernels.cuda_calls import Case
 
-STAGE_BYTES = 4096
-"""kStageWeightBytes of linear_pipeline.cuh: weights of one warp in one stage."""
 LAUNCH_TOKENS = 64
 """kLinearTokens: more tokens are more launches."""
-BLOCK_TILES = 4
-"""kLinearTiles: a block has as many tiles of 32 channels."""
+BLOCK_WARPS = 4
+"""kLinearTiles: each has a tile of 32 channels and 128 k a stage, or they share a tile's k."""
+RESIDENT = 3
+"""Blocks of a linear for few tokens that fit on a multiprocessor."""
 FRAGMENT_HEADS = 8
 """kAttentionHeadRows: query heads of one block and cached head."""
 KEPT_VECTORS = 4
@@ -40,47 +39,68 @@ def _product(
     """integer_linear or float_linear."""
     if m == 0:
         return {"no token"}
-    half = -(-n // 2)
-    tiles = -(-half // 16)
-    tile_bytes = host.fragment_layout_bytes(nibbles, n, k) // tiles
-    stages, tile_blocks = -(-tile_bytes // STAGE_BYTES), -(-tiles // BLOCK_TILES)
+    k_blocks = max(1, -(-k // 128))
     launches = _launches(m)
     found: Paths = set()
     if len(launches) > 1:
         found.add("two launches")
     if k * (1 if floats is None else 2) % 16:
         found.add("rows of no whole 16 bytes")
-    if floats is None:
-        events = _shares(tile_blocks, stages, sms)
-        kernel = "W4" if nibbles else "W8"
-    else:
-        splits = host.linear_float_splits(tile_blocks, stages, sms)
-        events = {"split" if splits > 1 else "whole"}
-        kernel = NAMES[floats]
-    if tile_bytes % STAGE_BYTES:
-        events.add("half a stage")
-    if tile_blocks > 1:
-        events.add("two tiles")
     for rows in launches:
-        found |= {f"{kernel} x{host.linear_token_tiles(rows)}: {event}" for event in events}
+        columns = host.linear_token_tiles(rows)
+        ways = host.linear_ways(columns) if floats is None else 1
+        groups = -(-n // (32 * BLOCK_WARPS // ways))
+        if floats is None:
+            events = _shares(groups, -(-k_blocks // ways), nibbles, columns, sms)
+            kernel = "W4" if nibbles else "W8"
+        else:
+            splits = host.linear_float_splits(groups, -(-k_blocks // 2), sms)
+            events = {"split" if splits > 1 else "whole"}
+            kernel = NAMES[floats]
+        if k_blocks % ways:
+            events.add("a stage that is not full")
+        if floats is not None and k_blocks % 2:
+            events.add("stages that are not even")
+        if groups > 1:
+            events.add("two groups")
+        found |= {f"{kernel} x{columns}: {event}" for event in events}
     return found
 
 
-def _shares(tile_blocks: int, stages: int, sms: int) -> Paths:
-    """What persistent blocks do with the stages of ``tile_blocks`` tiles."""
-    units = tile_blocks * stages
-    blocks = host.linear_blocks(units, sms)
-    cuts = [host.linear_first_unit(units, blocks, block) for block in range(blocks + 1)]
+def portions(plan: tuple[int, int, int], stages: int) -> list[list[tuple[int, int, int]]]:
+    """What each block of an integer linear does, one after another: group, first stage, stages.
+
+    As LinearWalk of quantized_linear.cu, from the plan of the heuristics.
+    """
+    blocks, whole, cut = plan
+    each, more = divmod(cut * stages, blocks)
+    found = []
+    for block in range(blocks):
+        at = each * block + min(block, more)
+        end = at + each + (block < more)
+        mine = []
+        while at < end:
+            count = min(stages - at % stages, end - at)
+            mine.append((at // stages, at % stages, count))
+            at += count
+        own = range(cut + block * whole, cut + (block + 1) * whole)
+        found.append(mine + [(group, 0, stages) for group in own])
+    return found
+
+
+def _shares(groups: int, stages: int, nibbles: bool, columns: int, sms: int) -> Paths:
+    """What the blocks of an integer linear do with so many groups."""
+    per_sm = host.linear_blocks_per_sm(columns, RESIDENT)
+    plan = host.linear_plan(groups, stages, 8192 if nibbles else 16384, sms, per_sm)
     found: Paths = set()
-    for begin, end in pairwise(cuts):
-        touched = range(begin // stages, -(-end // stages))
-        whole = [t for t in touched if begin <= t * stages and (t + 1) * stages <= end]
-        if len(touched) > 1:
-            found.add("next tile")
-        if len(whole) < len(touched):
-            found.add("shared tile")
-        if len(whole) > 1:
-            found.add("whole tiles")
+    for block in portions(plan, stages):
+        shared = [count < stages for _, _, count in block]
+        if any(shared):
+            found.add("shared group")
+        if len(block) > 1:
+            found.add("next group")
+        if any(shared) and not all(shared):
+            found.add("shared, then whole")
     return found
 
 

@@ -37,13 +37,13 @@ def each(*parts):
 
 TILES = ("x1", "x2", "x4", "x8")
 LINEAR = (
-    each(("W4 ", "W8 "), TILES, (": shared tile", ": next tile", ": two tiles"))
-    | each(("W4 ",), TILES, (": half a stage",))
-    | each(("W4 x1", "W8 x1"), (": whole tiles",))
+    each(("W4 ", "W8 "), TILES, (": shared group", ": next group", ": two groups"))
+    | each(("W4 x1", "W8 x1"), (": a stage that is not full",))
     | each(("to ", "bias "), FLOATS)
     | {"bias None", "two launches", "rows of no whole 16 bytes", "no token"}
 )
-FLOAT_LINEAR = each(("bf16 ", "fp16 "), TILES, (": split", ": two tiles", ": half a stage")) | {
+EVENTS = (": split", ": two groups", ": stages that are not even")
+FLOAT_LINEAR = each(("bf16 ", "fp16 "), TILES, EVENTS) | {
     "bf16 x1: whole",
     "fp16 x1: whole",
     "two launches",
@@ -83,15 +83,15 @@ SMALL = {
     "repack_weight": {"int8 to int4", "int8 to int8", "int4 to int4"},
     "repacked_matmul": LINEAR,
     "repacked_matmul_silu_mul": each(("silu to ",), FLOATS)
-    | each(("silu W4 ", "silu W8 "), ("x1", "x2", "x4"), (": shared tile", ": next tile")),
+    | each(("silu W4 ", "silu W8 "), ("x1", "x2", "x4"), (": shared group", ": next group")),
     "repacked_matmul_add": each(("sum ",), FLOATS)
-    | each(("W4 ", "W8 "), ("x1", "x2", "x8"), (": shared tile",))
+    | each(("W4 ", "W8 "), ("x1", "x2", "x8"), (": shared group",))
     | {"two launches"},
     "repacked_linear": FLOAT_LINEAR,
     "repacked_linear_add": each(("bf16 ", "fp16 "), ("x2: split", "x8: whole"))
     | {"two launches", "rows of no whole 16 bytes"},
-    "quantized_matmul": {"w int4", "w int8", "W4 x4: next tile", "W8 x4: next tile"},
-    "quantized_linear": each(("a8 ", "a16 "), ("w int4", "w int8")) | {"bf16 x1: two tiles"},
+    "quantized_matmul": {"w int4", "w int8", "W4 x4: next group", "W8 x4: next group"},
+    "quantized_linear": each(("a8 ", "a16 "), ("w int4", "w int8")) | {"bf16 x1: two groups"},
     "integer_group_matmul": GROUPS | {"any layout", "two token tiles", "two channel tiles"},
     "rope_quantize_append": APPENDS,
     "rope_quantize_append_paged": APPENDS,
@@ -102,7 +102,7 @@ SMALL = {
     "attention_decode_paged": HEADS | each(SCALAR, (": 2 splits",)),
     "attention_decode_quantize": HEADS | CODES | each(SCALAR, (": 2 splits",)),
 }
-LARGE = {
+LARGE = {"repacked_matmul": {"W4 x1: shared, then whole", "W8 x1: shared, then whole"}} | {
     op: LARGE_HEADS
     | each(("tensor cores, ",), INSTANCES, (": 3 splits",))
     | {"scalar, int8: 3 splits"}
@@ -127,14 +127,14 @@ def test_every_path_is_reached(op):
 
 
 def test_a_lost_path_is_noticed():
-    """A cache of one split, and a linear of one tile, reach less than what is listed."""
+    """A cache of one split, and a linear of one group, reach less than what is listed."""
     short = [case for case in cases("attention_decode") if case.args[1].shape[2] > 256]
     cut = [replace(c, args=(*c.args[:8], c.args[8].clamp(max=256), *c.args[9:])) for c in short]
     reached = set().union(*(paths("attention_decode", case, 132) for case in cut))
     assert not any("2 splits" in path for path in reached)
-    one_tile = [case for case in cases("repacked_matmul") if case.args[5] <= 128]
-    reached = set().union(*(paths("repacked_matmul", case, 132) for case in one_tile))
-    assert not any("next tile" in path for path in reached)
+    short = [case for case in cases("repacked_matmul") if case.args[0].shape[1] < 200]
+    reached = set().union(*(paths("repacked_matmul", case, 132) for case in short))
+    assert not any("shared group" in path for path in reached if "then" not in path)
 
 
 # ---- what the operators take ----

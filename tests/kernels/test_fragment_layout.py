@@ -1,6 +1,4 @@
-"""The CUDA layout of weights and the cut of the work: pure functions of the host module."""
-
-import itertools
+"""The CUDA layout of weights: pure functions of the host module."""
 
 import pytest
 
@@ -8,7 +6,6 @@ host = pytest.importorskip("llmqat_kernels._host", reason="built without pybind1
 
 SIZES = [(1, 1), (2, 128), (31, 129), (32, 64), (33, 1), (70, 300)]
 """n, k."""
-MULTIPROCESSORS = (1, 2, 78, 108, 132, 144)
 
 
 @pytest.mark.parametrize("nibbles", [True, False])
@@ -60,52 +57,3 @@ def test_real_sizes_are_not_padded():
     for n, k in ((3 * 4096, 4096), (4096, 11008), (2 * 13824, 5120), (6656, 17920)):
         assert host.fragment_layout_bytes(True, n, k) == n * k // 2
         assert host.fragment_layout_bytes(False, n, k) == n * k
-
-
-@pytest.mark.parametrize("sms", MULTIPROCESSORS)
-@pytest.mark.parametrize(("tile_blocks", "stages"), [(1, 1), (3, 5), (32, 16), (172, 16), (32, 43)])
-def test_every_unit_is_covered_once(tile_blocks, stages, sms):
-    units = tile_blocks * stages
-    blocks = host.linear_blocks(units, sms)
-    assert 1 <= blocks <= min(units, 2 * sms)
-    first = [host.linear_first_unit(units, blocks, b) for b in range(blocks + 1)]
-    assert first[0] == 0 and first[-1] == units
-    counts = [b - a for a, b in itertools.pairwise(first)]
-    assert min(counts) >= 1 and max(counts) - min(counts) <= 1, "even, and no idle block"
-    for block in range(blocks):
-        for unit in {first[block], first[block + 1] - 1}:
-            assert host.linear_owner(units, blocks, unit) == block
-
-
-def test_partial_sums_of_two_tiles_never_share_a_slot():
-    """A slot is the block that owns the tile's first unit: distinct for tiles that blocks share."""
-    for tile_blocks, stages, sms in ((32, 16, 132), (172, 16, 132), (5, 3, 2), (400, 2, 1)):
-        units = tile_blocks * stages
-        blocks = host.linear_blocks(units, sms)
-        slots = []
-        for tile in range(tile_blocks):
-            owners = {host.linear_owner(units, blocks, tile * stages + s) for s in range(stages)}
-            if len(owners) > 1:
-                slots.append(min(owners))
-        assert len(slots) == len(set(slots))
-
-
-def test_float_splits_fit_the_workspace_and_ignore_m():
-    for tile_blocks in (1, 3, 32, 172, 1000):
-        for sms in MULTIPROCESSORS:
-            for stages in (1, 4, 16, 43):
-                splits = host.linear_float_splits(tile_blocks, stages, sms)
-                assert 1 <= splits <= stages
-                assert splits == 1 or tile_blocks * splits <= 2 * sms
-
-
-def test_workspace_has_a_ticket_and_a_slot_for_every_block():
-    for sms in MULTIPROCESSORS:
-        values = 128 * 2 * 8 * 4  # threads, halves, token tiles, values of a thread
-        assert host.linear_workspace_bytes(sms) == 8192 + 2 * sms * values * 4
-        assert 2 * sms * 4 <= 8192
-
-
-def test_token_tiles():
-    tiles = [host.linear_token_tiles(m) for m in (1, 8, 9, 16, 17, 32, 33, 64)]
-    assert tiles == [1, 1, 2, 2, 4, 4, 8, 8]

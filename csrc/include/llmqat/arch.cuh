@@ -45,6 +45,10 @@ struct alignas(16) Word4 {
     }                                                                                        \
   } while (false)
 
+// Blocks of a kernel that fit on one SM of the current device at the same time; 0 if none does.
+#define LLMQAT_RESIDENT_BLOCKS(kernel, threads, shared_bytes) \
+  ::llmqat::resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared_bytes)
+
 // Whether the code being compiled may use mma_m16n8k64_s4. On sm_90 that instruction is a slow
 // call into emulation code.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -62,6 +66,13 @@ inline bool allow_shared(const void* kernel, size_t bytes) {
   return bytes <= 48 * 1024 ||
          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(bytes)) == cudaSuccess;
+}
+
+inline int resident_blocks(const void* kernel, int threads, size_t shared_bytes) {
+  int blocks = 0;
+  if (!allow_shared(kernel, shared_bytes)) return 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
+  return blocks;
 }
 
 // ---- memory ----

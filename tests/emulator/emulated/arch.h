@@ -18,6 +18,10 @@
 #define LLMQAT_DYNAMIC_SHARED(name) \
   unsigned char* const name = ::llmqat::emulated::dynamic_shared.data().begin
 
+// As many as share an SM's memory: here it is all that limits them.
+#define LLMQAT_RESIDENT_BLOCKS(kernel, threads, shared_bytes) \
+  (static_cast<int>(::llmqat::emulated::kSharedLimit / (shared_bytes)))
+
 #define LLMQAT_LAUNCH(kernel, grid, block, stream, ...) \
   LLMQAT_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
 #define LLMQAT_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \

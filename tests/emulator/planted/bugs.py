@@ -98,8 +98,8 @@ BUGS = (
     Bug(
         "integer linear: no barrier before the shared sums are read",
         INTEGER_LINEAR,
-        "    sync_block();\n#pragma unroll\n    for (int j = 0; j < kTokenTiles; ++j) {",
-        "#pragma unroll\n    for (int j = 0; j < kTokenTiles; ++j) {",
+        "      sync_block();\n      if (leads) sums.collect",
+        "      if (leads) sums.collect",
         LINEAR,
     ),
     Bug(
@@ -112,7 +112,7 @@ BUGS = (
     Bug(
         "integer linear: epilogue without -8 * sum",
         INTEGER_LINEAR,
-        "acc[1][j][i] -= 8 * shared_sums[j * 8 + lane % 4 * 2 + i % 2];",
+        "acc[1][j][i] -= 8 * exchange.sums[way][j * 8 + lane % 4 * 2 + i % 2];",
         "",
         LINEAR,
     ),
@@ -133,7 +133,7 @@ BUGS = (
     Bug(
         "integer linear: workspace not left as zeros",
         INTEGER_LINEAR,
-        "      values[v * kLinearThreads] = 0;\n",
+        "        values[v * kLinearThreads] = 0;\n",
         "",
         LINEAR,
     ),
@@ -154,9 +154,37 @@ BUGS = (
     Bug(
         "linears: a row of activations too many",
         PIPELINE,
-        "row < args.p.m ? row_bytes - column - at : 0",
-        "row <= args.p.m ? row_bytes - column - at : 0",
+        "row_ + i * kRows < args_.rows ?",
+        "row_ + i * kRows <= args_.rows ?",
         ("test_quantized_linear.py", "reads_nothing_beyond"),
+    ),
+    Bug(
+        "linears: weights of k that is not there",
+        PIPELINE,
+        "const bool there = blocks_left_ > 0;",
+        "const bool there = blocks_left_ > -3;",
+        ("test_quantized_linear.py", "reads_nothing_beyond"),
+    ),
+    Bug(
+        "integer linear: sums of a warp left out",
+        INTEGER_LINEAR,
+        "for (int way = 1; way < kWays; ++way) {",
+        "for (int way = 2; way < kWays; ++way) {",
+        LINEAR,
+    ),
+    Bug(
+        "integer linear: copies stay in the group that was cut",
+        INTEGER_LINEAR,
+        "if (--ahead.count == 0 && ahead.next(args)) feed.seek(ahead.group, ahead.stage);",
+        "if (--ahead.count == 0) ahead.next(args);",
+        LINEAR,
+    ),
+    Bug(
+        "integer linear: the whole groups of the next block",
+        INTEGER_LINEAR,
+        "(static_cast<int>(blockIdx.x) + 1) * args.whole - whole_;",
+        "(static_cast<int>(blockIdx.x) + 1) * args.whole;",
+        LINEAR,
     ),
     Bug(
         "linears: scale of the wrong channel",
@@ -176,8 +204,8 @@ BUGS = (
     Bug(
         "float linear: wait for one copy group too few",
         FLOAT_LINEAR,
-        "cp_async_wait<Stage::kBuffers - 2>();",
-        "cp_async_wait<Stage::kBuffers - 1>();",
+        "cp_async_wait<kBuffers - 2>();",
+        "cp_async_wait<kBuffers - 1>();",
         FLOAT,
     ),
     Bug(
