@@ -73,8 +73,8 @@ struct LinearRing {
   }
 };
 
-// What fills a ring: the stages of groups, one after another. Kept in registers is all that a stage
-// does not change; a stage costs a few instructions besides its copies.
+// What fills a ring: the stages of groups, one after another. What no stage changes is kept in
+// registers, so that a stage costs few instructions besides its copies.
 template <class Ring>
 class LinearFeed {
  public:
@@ -161,19 +161,19 @@ class LinearFeed {
 };
 
 // Whether this block is the last of those that together take `all` tickets of a tile. Every thread
-// must call it after its writes to the workspace; a last block may read what the others wrote.
+// must call it after its writes to the workspace; a last block may read what the others wrote. One
+// thread fences for all: a fence covers what the barrier before it has ordered.
 LLMQAT_DEVICE bool is_last_arriver(uint32_t* ticket, uint32_t mine, uint32_t all, int32_t* flag) {
-  thread_fence();
   sync_block();
   if (threadIdx.x == 0) {
+    thread_fence();
     const bool last = atomic_add_u32(ticket, mine) + mine == all;
+    if (last) thread_fence();
     if (last) *ticket = 0;
     *flag = last ? 1 : 0;
   }
   sync_block();
-  const bool last = *flag != 0;
-  thread_fence();
-  return last;
+  return *flag != 0;
 }
 
 // The plan is not made yet. false if its stages or the bytes of a row are beyond 32 bits.

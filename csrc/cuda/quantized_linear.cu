@@ -262,8 +262,8 @@ integer_linear_kernel(const LinearArgs args) {
     for (int left = at.count; left > 0; --left) {
       cp_async_wait<kBuffers - 2>();
       sync_block();  // this stage is there for all; the one before it is free to be filled
-      sums.consume(shared + buffer, warp, lane);
       issue(free);
+      sums.consume(shared + buffer, warp, lane);
       free = buffer;
       buffer = buffer == (kBuffers - 1) * Ring::kStageBytes ? 0 : buffer + Ring::kStageBytes;
     }
