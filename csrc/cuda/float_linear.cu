@@ -15,7 +15,7 @@
 //           neither on the other rows nor on the run.
 // Edges:    k tail: activations 0; n tail: channels dropped. NaN and Inf go through the products.
 // Limits:   sm_80 or newer; one launch at a time on a workspace.
-// Tests:    tests/emulator/test_quantized_linear.py
+// Tests:    tests/emulator/test_float_linear.py
 // Bench:    python -m benchmarks.run --op quantized_linear --device cuda
 #include "cuda/linear_epilogue.cuh"
 

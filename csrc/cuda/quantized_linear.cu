@@ -17,7 +17,7 @@
 // Numerics: exact in any order. |raw| <= 128 * 128 * 131071 < 2^31 for every byte and code.
 // Edges:    k tail: activations 0; n tail: channels dropped; NaN scale: its row is NaN.
 // Limits:   sm_80 or newer; k <= 131071; one launch at a time on a workspace.
-// Tests:    tests/emulator/test_quantized_linear.py, tests/kernels/test_fragment_layout.py
+// Tests:    tests/emulator/test_quantized_linear.py, tests/kernels/test_linear_heuristics.py
 // Bench:    python -m benchmarks.run --op repacked_matmul --device cuda
 #include <climits>
 #include <cstdlib>
