@@ -97,6 +97,19 @@ LlmqatKvCache checked_cache(const Tensor& x, const Tensor& k_codes, const Tensor
   return cache;
 }
 
+// x [n, heads, D] as a kernel reads it: a view whose last dimension is dense stays as it is.
+struct Heads {
+  explicit Heads(const Tensor& x) : tensor(x.stride(2) == 1 ? x : as_contiguous(x)) {}
+
+  // A dimension of one has no stride to speak of: 0 breaks no alignment.
+  LlmqatHeads view() const {
+    return {tensor.const_data_ptr(), tensor.size(0) > 1 ? tensor.stride(0) : 0,
+            tensor.size(1) > 1 ? tensor.stride(1) : tensor.size(2)};
+  }
+
+  Tensor tensor;
+};
+
 Tensor checked_indices(const Tensor& index, const Tensor& x, const char* name) {
   check_on(index, x.get_device_index(), name);
   check_dtype(index, ScalarType::Long, name);
@@ -132,11 +145,16 @@ void append(const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor
   const Tensor cos = checked_table(cos_, k_, "cos"), sin = checked_table(sin_, k_, "sin");
   const LlmqatRopeTables tables{data<float>(cos), data<float>(sin),
                                 std::min(cos.size(0), sin.size(0))};
-  const Tensor k = as_contiguous(k_), v = as_contiguous(v_);
-  check_launch(llmqat_cuda_rope_quantize_append(
-                   &cache, k.const_data_ptr(), v.const_data_ptr(), dtype, n, &tables,
-                   data<int64_t>(slots), data<int64_t>(positions), current_cuda_stream(device)),
-               "rope_quantize_append");
+  const Heads k(k_), v(v_);
+  const LlmqatAppend problem{.k = k.view(),
+                             .v = v.view(),
+                             .slots = data<int64_t>(slots),
+                             .positions = data<int64_t>(positions),
+                             .n = n,
+                             .dtype = dtype};
+  check_launch(
+      llmqat_cuda_rope_quantize_append(&cache, &problem, &tables, current_cuda_stream(device)),
+      "rope_quantize_append");
 }
 
 void cuda_append(const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
@@ -178,15 +196,15 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   const Tensor cos = checked_table(cos_, q_, "cos"), sin = checked_table(sin_, q_, "sin");
   const LlmqatRopeTables tables{data<float>(cos), data<float>(sin),
                                 std::min(cos.size(0), sin.size(0))};
-  const Tensor q = as_contiguous(q_);
+  const Heads q(q_);
   const bool wanted = a_bits != 0;
-  Tensor out = new_empty(q, sizes_of(q), q.scalar_type());
-  Tensor codes = new_empty(q, {wanted ? n : 0, heads * dim}, ScalarType::Char);
-  Tensor scale = new_empty(q, {wanted ? n : 0}, ScalarType::Float);
-  Tensor tickets = new_empty(q, {wanted ? n : 0}, ScalarType::Int);
+  Tensor out = new_empty(q_, sizes_of(q_), q_.scalar_type());
+  Tensor codes = new_empty(q_, {wanted ? n : 0, heads * dim}, ScalarType::Char);
+  Tensor scale = new_empty(q_, {wanted ? n : 0}, ScalarType::Float);
+  Tensor tickets = new_empty(q_, {wanted ? n : 0}, ScalarType::Int);
   const int64_t bytes = attention_workspace_bytes(n, heads, dim, max_length);
-  Tensor workspace = new_empty(q, {bytes / 4}, ScalarType::Float);
-  const LlmqatAttention problem{.q = q.const_data_ptr(),
+  Tensor workspace = new_empty(q_, {bytes / 4}, ScalarType::Float);
+  const LlmqatAttention problem{.q = q.view(),
                                 .slots = data<int64_t>(slots),
                                 .lengths = data<int64_t>(lengths),
                                 .out = out.mutable_data_ptr(),

@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t bits) {
   Tensor scale = new_empty(x, sizes, ScalarType::Float);
   const int dtype = cuda_dtype(x.scalar_type(), "x");
   check_launch(
-      llmqat_cuda_quantize(from.const_data_ptr(), dtype, rows_of(x), k, static_cast<int>(bits),
+      llmqat_cuda_quantize(from.const_data_ptr(), dtype, rows_of(x), k, k, static_cast<int>(bits),
                            false, mutable_data<int8_t>(codes), mutable_data<float>(scale),
                            current_cuda_stream(x.get_device_index())),
       "quantize");

@@ -30,6 +30,11 @@ LLMQAT_DEVICE QueryRange query_range(const AttentionArgs& args, int64_t query) {
   return {inside ? static_cast<int>(slot) : 0, inside ? static_cast<int>(length) : 0, inside};
 }
 
+// Where a query head begins in q.
+LLMQAT_DEVICE int64_t query_offset(const AttentionArgs& args, int64_t query, int64_t head) {
+  return query * args.p.q.token + head * args.p.q.head;
+}
+
 // Partial sums of one query head over one split: sums[d] = sum_t e^(s_t - top) v_t[d] and
 // total = sum_t e^(s_t - top). Both may have been multiplied by one power of two.
 struct Partial {

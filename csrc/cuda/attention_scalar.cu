@@ -75,9 +75,9 @@ attention_scalar_kernel(AttentionArgs args) {
   float* const reduced = reinterpret_cast<float*>(rows + kAttentionSplit);  // [warps]
   float* const weights = reduced + kScalarWarps;                            // [split]
   float* const queries = weights + kAttentionSplit;                         // [dim]
-  const int64_t first = (int64_t{query} * args.p.heads + head) * dim;
+  const int64_t first = query_offset(args, query, head);
   for (int c = static_cast<int>(threadIdx.x); c < dim; c += kScalarThreads) {
-    queries[c] = load_float(args.p.q, args.p.dtype, first + c);
+    queries[c] = load_float(args.p.q.data, args.p.dtype, first + c);
   }
   sync_block();
 

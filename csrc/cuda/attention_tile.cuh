@@ -121,12 +121,12 @@ LLMQAT_DEVICE Query load_query(const AttentionArgs& args, int64_t query, int64_t
   uint32_t largest = 0;
 #pragma unroll
   for (int j = 0; j < T::kSteps; ++j) {
-    const int64_t at = (query * args.p.heads + head) * (2 * kHalf) + lane.column * kChunk;
+    const int64_t at = query_offset(args, query, head) + lane.column * kChunk;
     const int columns[2] = {Form::first_column(j), Form::second_column(j)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[j][i] =
-          real ? load_float(args.p.q, args.p.dtype, at + columns[i % 2] + i / 2 * kHalf) : 0.0f;
+          real ? load_float(args.p.q.data, args.p.dtype, at + columns[i % 2] + i / 2 * kHalf) : 0;
       const uint32_t m = magnitude_bits(v[j][i]);
       largest = m > largest ? m : largest;
     }

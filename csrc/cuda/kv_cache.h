@@ -34,13 +34,25 @@ struct LlmqatRopeTables {
   int64_t rows;
 };
 
-// k, v [n, heads, D] to places (slots[i], positions[i]); a place outside the cache is not written.
-int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache, const void* k, const void* v,
-                                     int dtype, int64_t n, const LlmqatRopeTables* tables,
-                                     const int64_t* slots, const int64_t* positions, void* stream);
+// Activations [n, heads, D]: the values of a head lie side by side, heads and tokens anywhere, at
+// any address. So k, v and q may be views of one product.
+struct LlmqatHeads {
+  const void* data;
+  int64_t token, head;  // strides, in values
+};
+
+struct LlmqatAppend {
+  LlmqatHeads k, v;                  // [n, heads of the cache, D] of dtype
+  const int64_t *slots, *positions;  // [n]; a place outside the cache is not written
+  int64_t n;
+  int dtype;
+};
+
+int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache, const LlmqatAppend* problem,
+                                     const LlmqatRopeTables* tables, void* stream);
 
 struct LlmqatAttention {
-  const void* q;                   // [n, heads, D] of dtype
+  LlmqatHeads q;                   // [n, heads, D] of dtype
   const int64_t *slots, *lengths;  // [n]; a slot or length outside the cache gives NaN
   void* out;                       // [n, heads, D] of dtype
   int8_t* codes;       // [n, heads * D]: quantize(out) at quantize_bits; null: not wanted

@@ -14,8 +14,10 @@ const char* llmqat_cuda_error(int error);
 // Multiprocessors of the current device.
 int llmqat_cuda_multiprocessors(int64_t* count);
 
-// x[rows, columns] -> codes[rows, columns], scale[rows]; all contiguous, on the current device.
-int llmqat_cuda_quantize(const void* x, int dtype, int64_t rows, int64_t columns, int bits,
-                         bool bf16_scale, int8_t* codes, float* scale, void* stream);
+// x[rows, columns], a row every row_stride values, to contiguous codes[rows, columns] and
+// scale[rows]; all on the current device.
+int llmqat_cuda_quantize(const void* x, int dtype, int64_t rows, int64_t columns,
+                         int64_t row_stride, int bits, bool bf16_scale, int8_t* codes, float* scale,
+                         void* stream);
 
 }  // extern "C"

@@ -1,12 +1,11 @@
 // quantize: rows of floats to int8 codes and one fp32 scale a row.
 //
 // Math:     spec 1-4.
-// Shapes:   x[rows, columns], codes[rows, columns], scale[rows]; a group is a row.
+// Shapes:   x[rows, columns] of dense rows, codes[rows, columns], scale[rows]; a group is a row.
 // Dtypes:   fp32, bf16, fp16 in; int8 and fp32 out.
-// Tiling:   a row of up to 32 loads belongs to one warp, four rows to a block of 128 threads (16
-// such
-//           blocks fill an SM's 64 warp slots); a longer one to a block of up to 256 threads
-//           (heuristics.h). Loads are 16 bytes where base and columns allow, else one value.
+// Tiling:   a row of up to 32 loads belongs to one warp, four rows to a block of 128 threads (16 of
+//           them fill an SM's 64 warp slots); a longer one to a block of up to 256 threads
+//           (heuristics.h). Loads are 16 bytes where base, columns and stride allow, else a value.
 //           kHeld = 4 vectors a thread stay in registers: 256 threads hold 8192 bf16, every hidden
 //           size of LLaMA 7B to 65B; wider rows are read again, from L2.
 // Cost:     memory-bound. Floor: rows * (columns * (sizeof(T) + 1) + 4) bytes; [2048, 4096] bf16 is
@@ -55,12 +54,12 @@ LLMQAT_DEVICE Vec<int8_t, kN> vec_codes(const Vec<T, kN>& x, const RowScale& row
 
 template <class T, int kN>
 LLMQAT_KERNEL(kMaxThreads)
-quantize_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, int bits, bool bf16_scale,
-                int8_t* __restrict__ codes, float* __restrict__ scale) {
+quantize_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, int64_t row_stride,
+                int bits, bool bf16_scale, int8_t* __restrict__ codes, float* __restrict__ scale) {
   const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (r >= rows) return;  // whole warps only: blockDim.y > 1 means one warp a row
   const int64_t chunks = columns / kN, stride = blockDim.x;
-  x += r * columns;
+  x += r * row_stride;
   codes += r * columns;
 
   Vec<T, kN> held[kHeld];
@@ -93,43 +92,43 @@ quantize_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, int bits
 }
 
 template <class T, int kN>
-int launch_vector(const T* x, int64_t rows, int64_t columns, int bits, bool bf16_scale,
-                  int8_t* codes, float* scale, void* stream) {
+int launch_vector(const T* x, int64_t rows, int64_t columns, int64_t row_stride, int bits,
+                  bool bf16_scale, int8_t* codes, float* scale, void* stream) {
   const unsigned threads = static_cast<unsigned>(quantize_threads(columns, kN));
   const unsigned per_block = threads == kWarp ? kRowsPerBlock : 1;
   const int64_t blocks = (rows + per_block - 1) / per_block;
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
   LLMQAT_LAUNCH((quantize_kernel<T, kN>), dim3(static_cast<unsigned>(blocks)),
-                dim3(threads, per_block), stream, x, rows, columns, bits, bf16_scale, codes, scale);
+                dim3(threads, per_block), stream, x, rows, columns, row_stride, bits, bf16_scale,
+                codes, scale);
   return cudaGetLastError();
 }
 
 template <class T>
-int launch(const void* x, int64_t rows, int64_t columns, int bits, bool bf16_scale, int8_t* codes,
-           float* scale, void* stream) {
+int launch(const void* x, int64_t rows, int64_t columns, int64_t row_stride, int bits,
+           bool bf16_scale, int8_t* codes, float* scale, void* stream) {
   constexpr int kN = kVectorBytes / sizeof(T);
   const auto x_address = reinterpret_cast<uintptr_t>(x);
   const auto codes_address = reinterpret_cast<uintptr_t>(codes);
-  const bool aligned =
-      x_address % kVectorBytes == 0 && codes_address % kN == 0 && columns % kN == 0;
+  const bool aligned = x_address % kVectorBytes == 0 && codes_address % kN == 0 &&
+                       columns % kN == 0 && row_stride % kN == 0;
   const auto run = aligned ? &launch_vector<T, kN> : &launch_vector<T, 1>;
-  return run(static_cast<const T*>(x), rows, columns, bits, bf16_scale, codes, scale, stream);
+  return run(static_cast<const T*>(x), rows, columns, row_stride, bits, bf16_scale, codes, scale,
+             stream);
 }
 
 }  // namespace
 }  // namespace llmqat
 
 extern "C" int llmqat_cuda_quantize(const void* x, int dtype, int64_t rows, int64_t columns,
-                                    int bits, bool bf16_scale, int8_t* codes, float* scale,
-                                    void* stream) {
+                                    int64_t row_stride, int bits, bool bf16_scale, int8_t* codes,
+                                    float* scale, void* stream) {
+  using namespace llmqat;
   if (rows == 0) return cudaSuccess;
-  switch (dtype) {
-    case LLMQAT_FLOAT32:
-      return llmqat::launch<float>(x, rows, columns, bits, bf16_scale, codes, scale, stream);
-    case LLMQAT_BFLOAT16:
-      return llmqat::launch<llmqat::bf16>(x, rows, columns, bits, bf16_scale, codes, scale, stream);
-    case LLMQAT_FLOAT16:
-      return llmqat::launch<llmqat::fp16>(x, rows, columns, bits, bf16_scale, codes, scale, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  const auto run = dtype == LLMQAT_FLOAT32    ? &launch<float>
+                   : dtype == LLMQAT_BFLOAT16 ? &launch<bf16>
+                   : dtype == LLMQAT_FLOAT16  ? &launch<fp16>
+                                              : nullptr;
+  if (run == nullptr) return cudaErrorInvalidValue;
+  return run(x, rows, columns, row_stride, bits, bf16_scale, codes, scale, stream);
 }

@@ -2,7 +2,8 @@
 //
 // Math:     spec 9, 1-5. `serving`: K rotated in the dtype, one scale a token and head. `paper`: K
 //           as it is, one scale a token over all heads. Float caches: rotated K and V, cast.
-// Shapes:   k, v [n, Hkv, D], tables [rows, D / 2], cache: kv_cache.h, contiguous or paged.
+// Shapes:   k, v [n, Hkv, D] with strides of tokens and heads, tables [rows, D / 2], cache:
+//           kv_cache.h, contiguous or paged.
 // Dtypes:   fp32, bf16, fp16 in; int8, packed int4, fp32, bf16, fp16 cache; fp32 scales.
 // Tiling:   K and V of a token are different blocks: a decode step has few tokens. `paper`: a block
 //           of up to 256 threads a row, as quantize.cu does it, kHeld = 4 vectors a thread in
@@ -34,14 +35,12 @@ constexpr int kAppendHeld = 4;          // vectors a thread keeps between the tw
 struct AppendArgs {
   LlmqatKvCache cache;
   LlmqatRopeTables tables;
-  const void *k, *v;
-  const int64_t *slots, *positions;
-  int64_t n;
+  LlmqatAppend p;
 };
 
 // Where token i goes; block -1 if nowhere.
 LLMQAT_DEVICE TokenPlace append_place(const AppendArgs& args, int64_t i) {
-  const int64_t slot = args.slots[i], position = args.positions[i];
+  const int64_t slot = args.p.slots[i], position = args.p.positions[i];
   const bool inside =
       slot >= 0 && slot < args.cache.slots && position >= 0 && position < slot_capacity(args.cache);
   return inside ? token_place(args.cache, slot, position) : TokenPlace{-1, 0};
@@ -61,7 +60,19 @@ LLMQAT_DEVICE void store_codes(void* codes, bool packed, int64_t row, int64_t di
   store_vec(static_cast<uint8_t*>(codes) + (row * dim + column) / 2, bytes);
 }
 
+template <class T>
+LLMQAT_DEVICE const T* head_of(const LlmqatHeads& x, int64_t token, int64_t head) {
+  return static_cast<const T*>(x.data) + token * x.token + head * x.head;
+}
+
 // ---- paper: all heads of a token are one row ----
+
+// Where a column of that row lies; vectors do not cross heads.
+LLMQAT_DEVICE int64_t row_offset(const LlmqatHeads& x, int64_t column, int64_t dim) {
+  if (x.head == dim) return column;  // without a division before the load
+  const int64_t head = column / dim;
+  return head * x.head + (column - head * dim);
+}
 
 // The widest load when kAligned; otherwise one value at a time.
 template <class T, int kN, bool kAligned>
@@ -94,7 +105,11 @@ append_tokens_kernel(AppendArgs args) {
   const TokenPlace at = append_place(args, token);
   if (at.block < 0) return;  // the whole block
   const int64_t dim = args.cache.head_dim, columns = args.cache.heads * dim;
-  const T* const x = static_cast<const T*>(is_key ? args.k : args.v) + token * columns;
+  const LlmqatHeads heads = is_key ? args.p.k : args.p.v;
+  const T* const x = head_of<T>(heads, token, 0);
+  const auto load = [&](int64_t c) {
+    return load_values<T, kN, kAligned>(x + row_offset(heads, c * kN, dim));
+  };
   void* const codes = is_key ? args.cache.k : args.cache.v;
   float* const scale = is_key ? args.cache.k_scale : args.cache.v_scale;
   const int64_t chunks = columns / kN, stride = blockDim.x;
@@ -105,12 +120,12 @@ append_tokens_kernel(AppendArgs args) {
   for (int h = 0; h < kAppendHeld; ++h) {
     const int64_t c = threadIdx.x + h * stride;
     if (c < chunks) {
-      held[h] = load_values<T, kN, kAligned>(x + c * kN);
+      held[h] = load(c);
       largest = largest_magnitude(largest, held[h]);
     }
   }
   for (int64_t c = threadIdx.x + kAppendHeld * stride; c < chunks; c += stride) {
-    largest = largest_magnitude(largest, load_values<T, kN, kAligned>(x + c * kN));
+    largest = largest_magnitude(largest, load(c));
   }
 
   const RowScale row = row_scale(row_max_u32(largest), args.cache.bits, false);
@@ -132,7 +147,7 @@ append_tokens_kernel(AppendArgs args) {
     if (c < chunks) write(c, held[h]);
   }
   for (int64_t c = threadIdx.x + kAppendHeld * stride; c < chunks; c += stride) {
-    write(c, load_values<T, kN, kAligned>(x + c * kN));
+    write(c, load(c));
   }
 }
 
@@ -164,13 +179,14 @@ template <class T>
 LLMQAT_KERNEL(32 * kHeadsPerBlock)
 append_heads_kernel(AppendArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kHeadsPerBlock + threadIdx.y;
-  if (row >= args.n * args.cache.heads) return;  // whole warps
+  if (row >= args.p.n * args.cache.heads) return;  // whole warps
   const int64_t token = row / args.cache.heads, head = row % args.cache.heads;
   const bool is_key = blockIdx.y == 0;
   const TokenPlace at = append_place(args, token);
   if (at.block < 0) return;
-  const int64_t dim = args.cache.head_dim, half = dim / 2, position = args.positions[token];
-  const T* const x = static_cast<const T*>(is_key ? args.k : args.v) + row * dim;
+  const int64_t dim = args.cache.head_dim, half = dim / 2;
+  const int64_t position = args.p.positions[token];
+  const T* const x = head_of<T>(is_key ? args.p.k : args.p.v, token, head);
   void* const codes = is_key ? args.cache.k : args.cache.v;
   const float *const cos = args.tables.cos + position * half, *const sin =
                                                                   args.tables.sin + position * half;
@@ -214,23 +230,31 @@ append_heads_kernel(AppendArgs args) {
 template <class T, int kN, bool kAligned>
 int launch_tokens(const AppendArgs& args, void* stream) {
   const int64_t columns = args.cache.heads * args.cache.head_dim;
-  const dim3 grid(static_cast<unsigned>(args.n), 2);
+  const dim3 grid(static_cast<unsigned>(args.p.n), 2);
   const dim3 block(static_cast<unsigned>(append_threads(columns, kN)));
   LLMQAT_LAUNCH((append_tokens_kernel<T, kN, kAligned>), grid, block, stream, args);
   return cudaGetLastError();
 }
 
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether every head begins at a multiple of 16 bytes, which hold kN values.
+template <int kN>
+bool is_aligned(const LlmqatHeads& x) {
+  return is_aligned(x.data) && x.token % kN == 0 && x.head % kN == 0;
+}
+
 template <class T>
 int launch_append(const AppendArgs& args, void* stream) {
-  const auto is_aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   if (args.cache.pre_rope) {
     constexpr int kN = 16 / sizeof(T);
-    const bool aligned = args.cache.head_dim % kN == 0 && is_aligned(args.k) &&
-                         is_aligned(args.v) && is_aligned(args.cache.k) && is_aligned(args.cache.v);
+    const bool aligned = args.cache.head_dim % kN == 0 && is_aligned<kN>(args.p.k) &&
+                         is_aligned<kN>(args.p.v) && is_aligned(args.cache.k) &&
+                         is_aligned(args.cache.v);
     return aligned ? launch_tokens<T, kN, true>(args, stream)
                    : launch_tokens<T, 2, false>(args, stream);
   }
-  const int64_t blocks = (args.n * args.cache.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
+  const int64_t blocks = (args.p.n * args.cache.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
   if (blocks > INT_MAX) return cudaErrorInvalidValue;
   LLMQAT_LAUNCH(append_heads_kernel<T>, dim3(static_cast<unsigned>(blocks), 2),
                 dim3(32, kHeadsPerBlock), stream, args);
@@ -240,15 +264,13 @@ int launch_append(const AppendArgs& args, void* stream) {
 }  // namespace
 }  // namespace llmqat
 
-extern "C" int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache, const void* k,
-                                                const void* v, int dtype, int64_t n,
-                                                const LlmqatRopeTables* tables,
-                                                const int64_t* slots, const int64_t* positions,
-                                                void* stream) {
-  if (n == 0 || cache->heads == 0 || cache->head_dim == 0) return cudaSuccess;
-  if (n > INT_MAX) return cudaErrorInvalidValue;
-  const llmqat::AppendArgs args{*cache, *tables, k, v, slots, positions, n};
-  switch (dtype) {
+extern "C" int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache,
+                                                const LlmqatAppend* problem,
+                                                const LlmqatRopeTables* tables, void* stream) {
+  if (problem->n == 0 || cache->heads == 0 || cache->head_dim == 0) return cudaSuccess;
+  if (problem->n > INT_MAX) return cudaErrorInvalidValue;
+  const llmqat::AppendArgs args{*cache, *tables, *problem};
+  switch (problem->dtype) {
     case LLMQAT_FLOAT32: return llmqat::launch_append<float>(args, stream);
     case LLMQAT_BFLOAT16: return llmqat::launch_append<llmqat::bf16>(args, stream);
     case LLMQAT_FLOAT16: return llmqat::launch_append<llmqat::fp16>(args, stream);

@@ -37,15 +37,24 @@ class RopeTables(ctypes.Structure):
     _fields_ = [("cos", _pointer), ("sin", _pointer), ("rows", _long)]
 
 
+class Heads(ctypes.Structure):
+    _fields_ = [("data", _pointer), ("token", _long), ("head", _long)]
+
+
+class Append(ctypes.Structure):
+    _fields_ = [
+        *((name, Heads) for name in ("k", "v")),
+        *((name, _pointer) for name in ("slots", "positions")),
+        ("n", _long),
+        ("dtype", _int),
+    ]
+
+
 class Attention(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, _pointer)
-            for name in (
-                *("q", "slots", "lengths", "out"),
-                *("codes", "codes_scale", "workspace", "tickets"),
-            )
-        ),
+        ("q", Heads),
+        *((name, _pointer) for name in ("slots", "lengths", "out")),
+        *((name, _pointer) for name in ("codes", "codes_scale", "workspace", "tickets")),
         *((name, _long) for name in ("n", "heads", "max_length")),
         ("scaling", _float),
         ("dtype", _int),
@@ -88,6 +97,27 @@ def cache_of(tensors, head_dim: int, bits: int, pre_rope: bool, table: Tensor | 
         pre_rope=pre_rope,
     )
     return Cache(guarded, own_table, struct)
+
+
+def heads_of(x: Tensor):
+    """(the structure of x [n, heads, D], what keeps its memory alive): the values between the
+    first and the last of it, as they lie, on guarded pages.
+    """
+    span = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    kept = guard(x.as_strided((span if x.numel() else 0,), (1,)))
+    return Heads(kept.pointer, x.stride(0), x.stride(1)), kept
+
+
+def views(n: int, heads: tuple[int, ...], head_dim: int, dtype: torch.dtype, seed: int = 0):
+    """Tensors [n, heads[i], D] as the engine has them: parts of one product, NaN between them."""
+    random = torch.Generator().manual_seed(seed)
+    total = sum(heads) + len(heads)
+    base = torch.full((n, total, head_dim), float("nan"), dtype=dtype)
+    first = 0
+    for count in heads:
+        part = base[:, first : first + count]
+        yield part.copy_(torch.randn(part.shape, generator=random).to(dtype))
+        first += count + 1
 
 
 def tables_of(cos: Tensor, sin: Tensor):

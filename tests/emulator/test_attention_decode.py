@@ -11,7 +11,7 @@ from llmqat_kernels.spec import quantize
 from llmqat_kernels.spec.rope import rope_quantize_append
 from llmqat_kernels.testing import assert_within_ratio
 from tests.emulator.build import SCHEDULES, compile_kernel
-from tests.emulator.kv import DTYPES, Attention, cache_of, paged, tables_of
+from tests.emulator.kv import DTYPES, Attention, cache_of, heads_of, paged, tables_of, views
 from tests.emulator.memory import guard, poisoned
 from tests.kernels.kv_cases import MODES, empty_cache, fill, tables
 from tests.kernels.test_attention_decode_spec import exact
@@ -50,14 +50,15 @@ def attend(kernel, args, quantize_bits=None, table=None, max_length=None):
     if max_length is None:
         max_length = cache_tensors[0].shape[2] if table is None else table.shape[1] * 64
     rope, kept = tables_of(cos, sin)
-    inputs = [guard(t) for t in (q, slots, lengths)]
+    queries, own_q = heads_of(q)
+    inputs = [own_q, *(guard(t) for t in (slots, lengths))]
     splits = -(-max_length // SPLIT)
     out = poisoned(q.shape, q.dtype)
     work = poisoned((n * heads * splits * (dim + 2),), torch.float32)
     codes, scale = poisoned((n, heads * dim), torch.int8), poisoned((n,), torch.float32)
     tickets = poisoned((n,), torch.int32)
     problem = Attention(
-        q=inputs[0].pointer,
+        q=queries,
         slots=inputs[1].pointer,
         lengths=inputs[2].pointer,
         out=out.pointer,
@@ -191,6 +192,19 @@ def test_places_outside_and_nan_inside_give_nan(kernel, dtype):
     pools, table = paged(args[1:5], seed=0)
     table[1, 0] = 77
     assert attend(kernel, [args[0], *pools, *args[5:]], table=table)[3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_strides_of_the_queries_change_no_bit(kernel, dtype, mode, bits):
+    args = case(bits, mode, 64, dtype, 3, (20, 3))
+    (q,) = views(2, (3 * KV_HEADS,), 64, dtype)
+    transposed = torch.empty(3 * KV_HEADS, 2, 64, dtype=dtype).transpose(0, 1).copy_(q)
+    want = attend(kernel, [q.contiguous(), *args[1:]])
+    for x in (q, transposed):
+        assert not x.is_contiguous()
+        assert torch.equal(attend(kernel, [x, *args[1:]]), want)
 
 
 def test_empty_batch(kernel):

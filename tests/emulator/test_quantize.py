@@ -21,13 +21,13 @@ pytestmark = pytest.mark.emulator
 def kernel():
     library = compile_kernel("quantize")
     pointer, long, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    inputs = [pointer, integer, long, long, integer, ctypes.c_bool]
+    inputs = [pointer, integer, long, long, long, integer, ctypes.c_bool]
     library.llmqat_cuda_quantize.argtypes = [*inputs, pointer, pointer, pointer]
     return library
 
 
 def quantize(library, x, bits, bf16_scale):
-    """Run the launcher on contiguous x[rows, columns]; outputs lie between guard bands."""
+    """Run the launcher on x[rows, columns] of dense rows; outputs lie between guard bands."""
     rows, columns = x.shape
     codes = torch.full((x.numel() + 2 * GUARD,), 85, dtype=torch.int8)
     scale = torch.full((rows + 2 * GUARD,), -7.0)
@@ -36,6 +36,7 @@ def quantize(library, x, bits, bf16_scale):
         DTYPES[x.dtype],
         rows,
         columns,
+        x.stride(0),
         bits,
         bf16_scale,
         codes.data_ptr() + GUARD,
@@ -88,6 +89,19 @@ def test_special_rows(kernel, dtype):
     assert torch.equal(codes, want_codes)
     assert torch.equal(scale.isnan(), want_scale.isnan())
     assert torch.equal(scale.nan_to_num(), want_scale.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns, stride", [(64, 96), (64, 67), (7, 9), (1000, 2048)])
+def test_rows_apart_give_the_same_bits(kernel, dtype, columns, stride):
+    """Vectors where the stride allows them, else single values."""
+    kernel.use_schedule("shuffled")
+    random = torch.Generator().manual_seed(stride)
+    x = torch.full((5, stride), float("nan"), dtype=dtype)[:, :columns]
+    x.copy_(torch.randn(5, columns, generator=random).to(dtype))
+    want = spec.quantize(x.contiguous(), 8)
+    for got in (quantize(kernel, x, 8, False), quantize(kernel, x.contiguous(), 8, False)):
+        assert all(map(torch.equal, got, want))
 
 
 def test_unaligned_input_and_empty(kernel):

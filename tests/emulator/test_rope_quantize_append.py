@@ -7,7 +7,7 @@ import torch
 
 from llmqat_kernels.spec import rope as spec
 from tests.emulator.build import SCHEDULES, compile_kernel
-from tests.emulator.kv import DTYPES, cache_of, gathered, paged, tables_of
+from tests.emulator.kv import DTYPES, Append, cache_of, gathered, heads_of, paged, tables_of, views
 from tests.emulator.memory import guard
 from tests.kernels.kv_cases import MODES, empty_cache, tables
 
@@ -28,20 +28,23 @@ def rows(n, heads, head_dim, dtype, seed=0):
 
 
 def append(kernel, k, v, cos, sin, cache, slots, positions):
-    kept = [guard(t) for t in (k, v, slots, positions)]
-    table, _own = tables_of(cos, sin)
+    (keys, own_k), (values, own_v) = heads_of(k), heads_of(v)
+    index = [guard(t) for t in (slots, positions)]
+    table, own_tables = tables_of(cos, sin)
+    problem = Append(
+        k=keys,
+        v=values,
+        slots=index[0].pointer,
+        positions=index[1].pointer,
+        n=k.shape[0],
+        dtype=DTYPES[k.dtype],
+    )
     error = kernel.llmqat_cuda_rope_quantize_append(
-        ctypes.byref(cache.struct),
-        ctypes.c_void_p(kept[0].pointer),
-        ctypes.c_void_p(kept[1].pointer),
-        DTYPES[k.dtype],
-        ctypes.c_int64(k.shape[0]),
-        ctypes.byref(table),
-        ctypes.c_void_p(kept[2].pointer),
-        ctypes.c_void_p(kept[3].pointer),
-        None,
+        ctypes.byref(cache.struct), ctypes.byref(problem), ctypes.byref(table), None
     )
     assert error == 0
+    for buffer in (own_k, own_v, *index, *own_tables):
+        buffer.check()
     return cache.check()
 
 
@@ -93,6 +96,35 @@ def test_bits_equal_spec(kernel, dtype, bits, mode, head_dim):
     v[2] = 0
     check(kernel, k, v, bits, mode, SLOTS, POSITIONS)
     check(kernel, k[:1], v[:1], bits, mode, SLOTS[:1], POSITIONS[:1], is_paged=True)
+
+
+def moved(x, layout):
+    """x [n, heads, D] with other strides: tokens inside heads, or heads at odd addresses."""
+    n, heads, dim = x.shape
+    if layout == "transposed":
+        return torch.empty(heads, n, dim, dtype=x.dtype).transpose(0, 1).copy_(x)
+    base = torch.full((n, heads, dim + 3), float("nan"), dtype=x.dtype)
+    return base[:, :, 1 : 1 + dim].copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("mode", MODES)
+def test_strides_change_no_bit(kernel, dtype, bits, mode):
+    """Views of one product, as the engine has them, and layouts that only a scalar load reads."""
+    kernel.use_schedule("shuffled")
+    k, v = views(3, (2, 2), 64, dtype)
+    assert not k.is_contiguous()
+    for x in ((k, v), *((moved(k, one), moved(v, one)) for one in ("transposed", "odd"))):
+        check(kernel, *x, bits, mode, SLOTS, POSITIONS)
+
+
+def test_strides_of_rows_wider_than_the_registers(kernel):
+    kernel.use_schedule("forward")
+    k, v = views(1, (72, 72), 128, torch.bfloat16)
+    check(kernel, k, v, 8, "paper", SLOTS[:1], POSITIONS[:1])
+    k, v = (moved(x, "odd") for x in (k, v))
+    check(kernel, k, v, 4, "paper", SLOTS[:1], POSITIONS[:1])
 
 
 @pytest.mark.parametrize("float_dtype", [torch.bfloat16, torch.float16])

@@ -10,7 +10,16 @@ import torch
 from llmqat_kernels.spec import attention, rope
 from llmqat_kernels.testing import assert_within_ratio
 from tests.emulator.build import compile_kernel
-from tests.emulator.kv import DTYPES, PAGE, STORAGE, Attention, KvCache, tables_of
+from tests.emulator.kv import (
+    DTYPES,
+    PAGE,
+    STORAGE,
+    Append,
+    Attention,
+    KvCache,
+    heads_of,
+    tables_of,
+)
 from tests.emulator.memory import guard, poisoned
 from tests.kernels.kv_cases import tables
 from tests.kernels.test_attention_decode_spec import exact
@@ -53,26 +62,30 @@ def test_append_and_attend_on_a_far_page(pools):
     rope.rope_quantize_append(k, v, cos, sin, *near, slots, positions, 8, True)
 
     rope_struct, kept = tables_of(cos, sin)
-    inputs = [guard(t) for t in (k, v, slots, positions)]
-    pointers = [ctypes.c_void_p(t.pointer) for t in inputs]
+    (keys, own_k), (values, own_v) = heads_of(k), heads_of(v)
+    index = [guard(slots), guard(positions)]
+    written = Append(
+        k=keys, v=values, slots=index[0].pointer, positions=index[1].pointer, n=TOKENS,
+        dtype=DTYPES[k.dtype],
+    )  # fmt: skip
     by = ctypes.byref
     append = compile_kernel("rope_quantize_append").llmqat_cuda_rope_quantize_append
-    sizes = (DTYPES[k.dtype], ctypes.c_int64(TOKENS))
-    assert append(by(struct), *pointers[:2], *sizes, by(rope_struct), *pointers[2:], None) == 0
+    assert append(by(struct), by(written), by(rope_struct), None) == 0
     for pool, want in zip(pools, near, strict=True):
         assert torch.equal(pool[FAR], want[0])
 
     q = torch.randn(1, 4, DIM, generator=random).to(torch.float16)
     arguments = [q, *near, cos, sin, torch.tensor([0]), torch.tensor([TOKENS]), 0.125, 8, True]
     attend = compile_kernel("attention_decode").llmqat_cuda_attention_decode
-    given = [guard(t) for t in (q, arguments[7], arguments[8])]
+    queries, own_q = heads_of(q)
+    given = [guard(t) for t in arguments[7:9]]
     out, work = poisoned(q.shape, q.dtype), poisoned((4 * (DIM + 2),), torch.float32)
     problem = Attention(
-        q=given[0].pointer, slots=given[1].pointer, lengths=given[2].pointer, out=out.pointer,
+        q=queries, slots=given[0].pointer, lengths=given[1].pointer, out=out.pointer,
         workspace=work.pointer, n=1, heads=4, max_length=PAGE, scaling=0.125, dtype=DTYPES[q.dtype],
     )  # fmt: skip
     assert attend(by(struct), by(problem), by(rope_struct), None) == 0
     want = attention.attention_decode(*arguments)
     assert_within_ratio(out.check(), want, exact(arguments), 2.0)
-    for each in kept:
+    for each in (*kept, own_k, own_v, own_q):
         each.check()

@@ -32,7 +32,7 @@ def _library(name: str) -> Kernels:
     """A kernel's library with the types of its arguments."""
     library = compile_kernel(name, ARCHS.get(name, 80))
     if name == "quantize":
-        inputs = [_pointer, _int, _long, _long, _int, _flag]
+        inputs = [_pointer, _int, _long, _long, _long, _int, _flag]
         library.llmqat_cuda_quantize.argtypes = [*inputs, _pointer, _pointer, _pointer]
     elif name == "repack_weight":
         inputs = [_pointer, _flag, _long, _long, _flag]

@@ -85,6 +85,31 @@ def test_misaligned_activations_give_the_same_bits(op):
             assert_same_bits(one, two, f"{op} call {index}, tensor {number}")
 
 
+def apart(tensor, gap):
+    """A copy whose rows (of all but the first dimension) have a gap after them."""
+    wide = tensor.new_empty(tensor.shape[0], tensor[0].numel() + gap)
+    return wide[:, : tensor[0].numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.gpu
+@on_device
+@pytest.mark.parametrize("gap", [64, 3])
+@pytest.mark.parametrize("op", [op for op in CASES if op != "repack_weight"])
+def test_views_give_the_same_bits(op, gap):
+    """Activations that are parts of a larger product, with vector loads and without."""
+    there(op)
+    count = 2 if op.startswith("rope_quantize_append") else 1
+    for index, case in enumerate(cases(op, small=True)):
+        if case.args[0].numel() == 0:
+            continue
+        other = case.on("cuda")
+        moved = tuple(apart(x, gap) for x in other.args[:count])
+        changed = replace(other, args=(*moved, *other.args[count:]))
+        both = zip(result(op, changed), result(op, case), strict=True)
+        for number, (one, two) in enumerate(both):
+            assert_same_bits(one, two, f"{op} call {index}, tensor {number}")
+
+
 @pytest.mark.gpu
 @on_device
 @pytest.mark.parametrize("op", ["repacked_matmul", "repacked_matmul_silu_mul", "repacked_linear"])

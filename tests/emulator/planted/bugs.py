@@ -27,6 +27,8 @@ FLOAT = ("test_float_linear.py", "small_integers or ratio_rule and 1-40-2100")
 GROUPS = ("test_int4_linear.py", "equal_spec and 80-8-65-1280-64-4 or test_schedules and 80-lag")
 GROUPS_90 = ("test_int4_linear.py", "equal_spec and 90-8-65-1280-64-4")
 PLAIN = ("test_int4_linear.py", "any_layout and 80-3")
+STRIDES = ("test_rope_quantize_append.py", "strides_change and 4 and dtype1")
+QUERIES = ("test_attention_decode.py", "strides_of_the_queries and 8 and paper")
 APPEND = ("test_rope_quantize_append.py", "every_schedule and (forward or lagging) or outside")
 ATTENTION = (
     "test_attention_decode.py",
@@ -300,6 +302,41 @@ BUGS = (
         "position < slot_capacity(args.cache)",
         "position <= slot_capacity(args.cache)",
         APPEND,
+    ),
+    Bug(
+        "append: heads of a token taken for one row",
+        ROPE_APPEND,
+        "if (x.head == dim) return column;",
+        "if (x.head >= dim) return column;",
+        STRIDES,
+    ),
+    Bug(
+        "append: tokens taken for contiguous",
+        ROPE_APPEND,
+        "token * x.token + head * x.head",
+        "token * x.head + head * x.head",
+        STRIDES,
+    ),
+    Bug(
+        "append: wide loads at heads that are not aligned",
+        ROPE_APPEND,
+        " && x.token % kN == 0 && x.head % kN == 0",
+        "",
+        STRIDES,
+    ),
+    Bug(
+        "attention: queries taken for contiguous",
+        "csrc/cuda/attention_args.cuh",
+        "query * args.p.q.token",
+        "query * args.p.heads * args.cache.head_dim",
+        QUERIES,
+    ),
+    Bug(
+        "quantize: rows taken for contiguous",
+        "csrc/cuda/quantize.cu",
+        "x += r * row_stride;",
+        "x += r * columns;",
+        ("test_quantize.py", "rows_apart and 64-96"),
     ),
     Bug(
         "append: 32-bit offset of a row",
