@@ -49,6 +49,7 @@ NOT_ON_ITS_OWN = {
     "silu_mul_qat_matmul": "silu_mul_quantize_train and qat_matmul, without keeping codes",
     "silu_mul_backward": "in silu_mul_quantize_train, forward and backward",
     "rope_quantize_append_paged": "rope_quantize_append with one look-up a token",
+    "rope_quantize_append_queries": "rope_quantize_append and rope of the queries in one",
     "attention_decode_paged": "attention_decode with one look-up in 64 tokens",
     "attention_decode_quantize": "attention_decode and quantize of one row a query",
     "rope": "in rope_quantize_append and rope_fake_quantize",

@@ -111,7 +111,6 @@ EXPECTED: tuple[tuple[str, Expected], ...] = (
     # A lane takes an eighth of a row: 8 bytes of 64, 4 of 32.
     (r"attention_mma_kernel<.*>", Expected("HMMA", float_math=True)),
     (r"attention_scalar_kernel<.*>|combine_kernel", Expected(float_math=True)),
-    (r"clear_tickets_kernel", Expected()),
 )
 """Pattern of the short name -> promise; the first that matches the whole name holds."""
 

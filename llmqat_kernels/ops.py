@@ -296,6 +296,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "rope_quantize_append": _nothing,
     "attention_decode": _like_first,
     "rope_quantize_append_paged": _nothing,
+    "rope_quantize_append_queries": _like_first,
     "attention_decode_paged": _like_first,
     "attention_decode_quantize": _attention_decode_quantize,
     "distillation_loss": _distillation_loss,

@@ -110,6 +110,12 @@ SCHEMAS: dict[str, str] = {
         " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor page_table, Tensor slots, Tensor positions,"
         " int bits, bool pre_rope) -> ()"
     ),
+    # rope_quantize_append of k and v, and the rotated queries of q
+    "rope_quantize_append_queries": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_codes, Tensor(b!) k_scale,"
+        " Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor? page_table, Tensor slots, Tensor positions,"
+        " int bits, bool pre_rope) -> Tensor"
+    ),
     "attention_decode_paged": (
         "(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, Tensor page_table,"
         " Tensor cos, Tensor sin, Tensor slots, Tensor lengths, int max_length, float scaling, int bits,"

@@ -19,6 +19,11 @@ void check_on(const Tensor& t, int32_t device, const char* name) {
                   ", got device ", t.get_device_index());
 }
 
+void check_group(int64_t heads, int64_t kv_heads) {
+  STD_TORCH_CHECK(heads % kv_heads == 0, "q: ", heads, " heads are not a multiple of the cache's ",
+                  kv_heads);
+}
+
 int storage_of(const Tensor& codes, int64_t bits) {
   const ScalarType dtype = codes.scalar_type();
   if (bits == 16 || bits == 32) {
@@ -124,8 +129,15 @@ Tensor checked_table(const Tensor& table, const Tensor& x, const char* name) {
   return as_contiguous(table);
 }
 
-void append(const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor& sin_,
-            const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_codes,
+// Queries that an append rotates on the way; none by default.
+struct Queries {
+  LlmqatHeads rows{};
+  void* out = nullptr;
+  int64_t heads = 0;
+};
+
+void append(const Queries& queries, const Tensor& k_, const Tensor& v_, const Tensor& cos_,
+            const Tensor& sin_, const Tensor& k_codes, const Tensor& k_scale, const Tensor& v_codes,
             const Tensor& v_scale, const std::optional<Tensor>& page_table, const Tensor& slots_,
             const Tensor& positions_, int64_t bits, bool pre_rope) {
   check_cuda(k_, "k");
@@ -133,6 +145,7 @@ void append(const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor
   const int dtype = cuda_dtype(k_.scalar_type(), "k");
   const LlmqatKvCache cache =
       checked_cache(k_, k_codes, k_scale, v_codes, v_scale, page_table, bits, pre_rope);
+  check_group(queries.heads, cache.heads);
   const int64_t n = k_.size(0);
   const int32_t device = k_.get_device_index();
   check_shape(k_, {n, cache.heads, cache.head_dim}, "k");
@@ -148,9 +161,12 @@ void append(const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor
   const Heads k(k_), v(v_);
   const LlmqatAppend problem{.k = k.view(),
                              .v = v.view(),
+                             .q = queries.rows,
+                             .q_out = queries.out,
                              .slots = data<int64_t>(slots),
                              .positions = data<int64_t>(positions),
                              .n = n,
+                             .q_heads = queries.heads,
                              .dtype = dtype};
   check_launch(
       llmqat_cuda_rope_quantize_append(&cache, &problem, &tables, current_cuda_stream(device)),
@@ -160,16 +176,34 @@ void append(const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor
 void cuda_append(const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                  Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale,
                  const Tensor& slots, const Tensor& positions, int64_t bits, bool pre_rope) {
-  append(k, v, cos, sin, k_codes, k_scale, v_codes, v_scale, std::nullopt, slots, positions, bits,
-         pre_rope);
+  append({}, k, v, cos, sin, k_codes, k_scale, v_codes, v_scale, std::nullopt, slots, positions,
+         bits, pre_rope);
 }
 
 void cuda_append_paged(const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
                        Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale,
                        const Tensor& page_table, const Tensor& slots, const Tensor& positions,
                        int64_t bits, bool pre_rope) {
-  append(k, v, cos, sin, k_codes, k_scale, v_codes, v_scale, page_table, slots, positions, bits,
+  append({}, k, v, cos, sin, k_codes, k_scale, v_codes, v_scale, page_table, slots, positions, bits,
          pre_rope);
+}
+
+Tensor cuda_append_queries(const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& cos,
+                           const Tensor& sin, Tensor k_codes, Tensor k_scale, Tensor v_codes,
+                           Tensor v_scale, const std::optional<Tensor>& page_table,
+                           const Tensor& slots, const Tensor& positions, int64_t bits,
+                           bool pre_rope) {
+  check_cuda(k, "k");
+  check_dim(k, 3, "k");
+  check_on(q_, k.get_device_index(), "q");
+  check_shape(q_, {k.size(0), -1, k.size(2)}, "q");
+  check_dtype(q_, k.scalar_type(), "q");
+  const DeviceGuard guard(k.get_device_index());
+  const Heads q(q_);
+  Tensor out = new_empty(q_, sizes_of(q_), q_.scalar_type());
+  append({q.view(), out.mutable_data_ptr(), q_.size(1)}, k, v, cos, sin, k_codes, k_scale, v_codes,
+         v_scale, page_table, slots, positions, bits, pre_rope);
+  return out;
 }
 
 // a_bits = 0: no codes.
@@ -184,8 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   const LlmqatKvCache cache =
       checked_cache(q_, k_codes, k_scale, v_codes, v_scale, page_table, bits, pre_rope);
   const int64_t n = q_.size(0), heads = q_.size(1), dim = q_.size(2);
-  STD_TORCH_CHECK(heads % cache.heads == 0, "q: ", heads,
-                  " heads are not a multiple of the cache's ", cache.heads);
+  check_group(heads, cache.heads);
   const int64_t held = page_table.has_value() ? cache.pages * kPageTokens : cache.block_tokens;
   STD_TORCH_CHECK(max_length >= 0 && max_length <= held, "max_length: expected 0 to ", held,
                   ", got ", max_length);
@@ -265,6 +298,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cuda, m) {
       "slots, "
       "Tensor positions, int bits, bool pre_rope) -> ()");
   m.def(
+      "rope_quantize_append_queries(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
+      "Tensor(a!) k_codes, Tensor(b!) k_scale, Tensor(c!) v_codes, Tensor(d!) v_scale, Tensor? "
+      "page_table, Tensor slots, Tensor positions, int bits, bool pre_rope) -> Tensor");
+  m.def(
       "attention_decode(Tensor q, Tensor k_codes, Tensor k_scale, Tensor v_codes, Tensor v_scale, "
       "Tensor cos, Tensor sin, Tensor slots, Tensor lengths, float scaling, int bits, bool "
       "pre_rope) -> Tensor");
@@ -282,6 +319,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llmqat_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(llmqat_cuda, CUDA, m) {
   m.impl("rope_quantize_append", TORCH_BOX(&llmqat::bindings::cuda_append));
   m.impl("rope_quantize_append_paged", TORCH_BOX(&llmqat::bindings::cuda_append_paged));
+  m.impl("rope_quantize_append_queries", TORCH_BOX(&llmqat::bindings::cuda_append_queries));
   m.impl("attention_decode", TORCH_BOX(&llmqat::bindings::cuda_attention));
   m.impl("attention_decode_paged", TORCH_BOX(&llmqat::bindings::cuda_attention_paged));
   m.impl("attention_decode_quantize", TORCH_BOX(&llmqat::bindings::cuda_attention_quantize));

@@ -35,6 +35,13 @@ LLMQAT_DEVICE int64_t query_offset(const AttentionArgs& args, int64_t query, int
   return query * args.p.q.token + head * args.p.q.head;
 }
 
+// By every block of the split kernels: tickets are 0 when combine_kernel runs, whatever they held.
+// Nothing outlives a launch, so that an aborted one, a graph or another stream leaves no trace.
+LLMQAT_DEVICE void clear_ticket(const AttentionArgs& args, int query, int split) {
+  if (args.p.codes == nullptr) return;
+  if (split == 0 && blockIdx.y == 0 && threadIdx.x == 0) args.p.tickets[query] = 0;
+}
+
 // Partial sums of one query head over one split: sums[d] = sum_t e^(s_t - top) v_t[d] and
 // total = sum_t e^(s_t - top). Both may have been multiplied by one power of two.
 struct Partial {

@@ -5,15 +5,17 @@
 // Shapes:   partial sums: attention_args.cuh; out [n, H, D], codes [n, H * D], scale [n].
 // Dtypes:   partial sums fp32; out fp32, fp16, bf16; codes int8.
 // Tiling:   a block adds one query head, a thread a column. With codes: the last block of a query
-//           to arrive (a ticket) reads the row again, from L2, and quantizes it. One block a query
-//           would be simpler, but a long context at batch 1 would then read all of its partial sums
-//           through one multiprocessor: 1 MB at 16k tokens of 32 heads, 11 us.
+//           to arrive (a ticket, cleared by the splits) reads the row again, from L2, and quantizes
+//           it. One block a query would be simpler, but a long context at batch 1 would then read
+//           all of its partial sums through one multiprocessor: 1 MB at 16k tokens of 32 heads,
+//           11 us.
 // Cost:     one read of the partial sums, from L2; latency-bound.
 // Numerics: splits in ascending order; exp of spec 13. Codes are bit-equal to quantize(out).
 // Edges:    length 0 gives 0, codes 0 and scale 1; a slot or length outside the cache gives NaN.
 // Limits:   n * splits < 2^31, H <= 65535, D even.
 // Tests:    tests/emulator/test_attention_decode.py
 // Bench:    python -m benchmarks.run --op attention_decode --device cuda
+#include <algorithm>
 #include <climits>
 
 #include "cuda/attention_args.cuh"
@@ -50,13 +52,6 @@ LLMQAT_DEVICE void quantize_output(const AttentionArgs& args, int query) {
     const float v = load_float(args.p.out, args.p.dtype, first + c);
     args.p.codes[first + c] = row.zero ? int8_t{0} : quantize_code(v, row.inv, limit);
   }
-}
-
-// Before the splits, so that no one else has to leave the tickets in order.
-LLMQAT_KERNEL(kCombineThreads)
-clear_tickets_kernel(uint32_t* tickets, int64_t n) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
-  if (i < n) tickets[i] = 0;
 }
 
 LLMQAT_KERNEL(kCombineThreads)
@@ -145,7 +140,8 @@ extern "C" int llmqat_cuda_attention_decode(const LlmqatKvCache* cache,
                                             const LlmqatRopeTables* tables, void* stream) {
   using namespace llmqat;
   if (problem->n == 0 || problem->heads == 0 || cache->head_dim == 0) return cudaSuccess;
-  const int64_t splits = attention_splits(problem->max_length);
+  // At least one: the split kernels clear the tickets.
+  const int64_t splits = std::max<int64_t>(1, attention_splits(problem->max_length));
   if (!fits(*cache, *problem, splits)) return cudaErrorInvalidValue;
   const int64_t row = cache->storage == LLMQAT_KV_INT4 ? cache->head_dim / 2 : cache->head_dim;
   const AttentionArgs args{.cache = *cache,
@@ -154,20 +150,13 @@ extern "C" int llmqat_cuda_attention_decode(const LlmqatKvCache* cache,
                            .splits = static_cast<int>(splits),
                            .group = static_cast<int>(problem->heads / cache->heads),
                            .block_bytes = cache->heads * cache->block_tokens * row};
-  if (problem->codes != nullptr) {
-    const int64_t blocks = (problem->n + kCombineThreads - 1) / kCombineThreads;
-    LLMQAT_LAUNCH(clear_tickets_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kCombineThreads),
-                  stream, problem->tickets, problem->n);
-  }
-  if (splits > 0) {
-    const bool quantized = cache->storage == LLMQAT_KV_INT8 || cache->storage == LLMQAT_KV_INT4;
-    const bool aligned = aligned_16(cache->k) && aligned_16(cache->v) &&
-                         (!cache->pre_rope || (aligned_16(tables->cos) && aligned_16(tables->sin)));
-    const bool tensor = attention_uses_tensor_cores(problem->dtype != LLMQAT_FLOAT32, quantized,
-                                                    cache->head_dim, aligned);
-    const int error =
-        tensor ? launch_attention_mma(args, stream) : launch_attention_scalar(args, stream);
-    if (error != cudaSuccess) return error;
-  }
+  const bool quantized = cache->storage == LLMQAT_KV_INT8 || cache->storage == LLMQAT_KV_INT4;
+  const bool aligned = aligned_16(cache->k) && aligned_16(cache->v) &&
+                       (!cache->pre_rope || (aligned_16(tables->cos) && aligned_16(tables->sin)));
+  const bool tensor = attention_uses_tensor_cores(problem->dtype != LLMQAT_FLOAT32, quantized,
+                                                  cache->head_dim, aligned);
+  const int error =
+      tensor ? launch_attention_mma(args, stream) : launch_attention_scalar(args, stream);
+  if (error != cudaSuccess) return error;
   return launch_attention_combine(args, stream);
 }

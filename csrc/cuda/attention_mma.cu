@@ -220,6 +220,7 @@ attention_mma_kernel(AttentionArgs args, int block_heads) {
   LLMQAT_DYNAMIC_SHARED(shared);
   const int query = static_cast<int>(blockIdx.x) / args.splits;
   const int split = static_cast<int>(blockIdx.x) % args.splits;
+  clear_ticket(args, query, split);
   const QueryRange range = query_range(args, query);
   const int start = split * kAttentionSplit;
   if (start >= range.length) return;  // the whole block

@@ -61,6 +61,7 @@ attention_scalar_kernel(AttentionArgs args) {
   LLMQAT_DYNAMIC_SHARED(shared);
   const int query = static_cast<int>(blockIdx.x) / args.splits;
   const int split = static_cast<int>(blockIdx.x) % args.splits;
+  clear_ticket(args, query, split);
   const QueryRange range = query_range(args, query);
   const int start = split * kAttentionSplit;
   if (start >= range.length) return;  // the whole block

@@ -43,8 +43,11 @@ struct LlmqatHeads {
 
 struct LlmqatAppend {
   LlmqatHeads k, v;                  // [n, heads of the cache, D] of dtype
+  LlmqatHeads q;                     // [n, q_heads, D] of dtype; not read without q_out
+  void* q_out;                       // [n, q_heads, D] of dtype: q rotated; null: not wanted
   const int64_t *slots, *positions;  // [n]; a place outside the cache is not written
   int64_t n;
+  int64_t q_heads;  // a multiple of the cache's heads
   int dtype;
 };
 
@@ -58,7 +61,7 @@ struct LlmqatAttention {
   int8_t* codes;       // [n, heads * D]: quantize(out) at quantize_bits; null: not wanted
   float* codes_scale;  // [n]
   float* workspace;    // attention_workspace_bytes (heuristics_attention.h)
-  uint32_t* tickets;   // [n], when codes are wanted; anything before and after
+  uint32_t* tickets;   // [n], when codes are wanted; anything before, after and between launches
   int64_t n, heads;
   int64_t max_length;  // sizes the grid; a longer query gives NaN
   float scaling;

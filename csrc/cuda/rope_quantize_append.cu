@@ -1,19 +1,22 @@
-// rope_quantize_append: one step's keys and values into the KV cache.
+// rope_quantize_append: one step's keys and values into the KV cache, and its queries rotated.
 //
 // Math:     spec 9, 1-5. `serving`: K rotated in the dtype, one scale a token and head. `paper`: K
 //           as it is, one scale a token over all heads. Float caches: rotated K and V, cast.
-// Shapes:   k, v [n, Hkv, D] with strides of tokens and heads, tables [rows, D / 2], cache:
-//           kv_cache.h, contiguous or paged.
+// Shapes:   k, v [n, Hkv, D] and q [n, H, D] with strides of tokens and heads, rotated q [n, H, D],
+//           tables [rows, D / 2], cache: kv_cache.h, contiguous or paged.
 // Dtypes:   fp32, bf16, fp16 in; int8, packed int4, fp32, bf16, fp16 cache; fp32 scales.
 // Tiling:   K and V of a token are different blocks: a decode step has few tokens. `paper`: a block
 //           of up to 256 threads a row, as quantize.cu does it, kHeld = 4 vectors a thread in
 //           registers (8192 bf16 values; wider rows are read again, from L2). Else a warp a head, a
 //           lane a pair of neighbouring columns, 64 columns at a time: a byte of int4 has one
 //           writer, whatever D is. Both halves of a head are read twice, the second time from L1.
-// Cost:     memory-bound; floor n * Hkv * D * (sizeof(T) + 1) * 2 bytes and the scales.
+//           Queries are more blocks of the same launch, a warp a head: a launch of their own takes
+//           longer to start than to run.
+// Cost:     memory-bound; floor n * Hkv * D * (sizeof(T) + 1) * 2 bytes and the scales, with
+//           queries n * H * D * sizeof(T) * 2 more.
 // Numerics: exact: RoPE rounds every product and sum to the dtype (rope_value).
 // Edges:    n = 0 launches nothing. A place outside the cache is not written; a position outside
-//           the tables rotates to NaN (scale NaN, codes 0).
+//           the tables rotates to NaN (scale NaN, codes 0), queries too.
 // Limits:   D even; sm_80.
 // Tests:    tests/emulator/test_rope_quantize_append.py
 // Bench:    python -m benchmarks.run --op rope_quantize_append --device cuda
@@ -65,6 +68,37 @@ LLMQAT_DEVICE const T* head_of(const LlmqatHeads& x, int64_t token, int64_t head
   return static_cast<const T*>(x.data) + token * x.token + head * x.head;
 }
 
+// Column c of a head after RoPE, every product and sum rounded to T.
+template <class T>
+LLMQAT_DEVICE float rope_value(const T* x, int64_t c, int64_t half, const float* cos,
+                               const float* sin) {
+  const bool first = c < half;
+  const int64_t i = first ? c : c - half;
+  const float own = to_float(x[c]), other = to_float(x[first ? c + half : i]);
+  const float cosine = round_to<T>(cos[i]), sine = round_to<T>(sin[i]);
+  const float turned = round_to<T>(mul_rn(first ? -other : other, sine));
+  return round_to<T>(add_rn(round_to<T>(mul_rn(own, cosine)), turned));
+}
+
+// One head of q by one warp.
+template <class T>
+LLMQAT_DEVICE void rotate_query(const AppendArgs& args, int64_t token, int64_t head) {
+  const int64_t dim = args.cache.head_dim, half = dim / 2, position = args.p.positions[token];
+  const T* const x = head_of<T>(args.p.q, token, head);
+  T* const y = static_cast<T*>(args.p.q_out) + (token * args.p.q_heads + head) * dim;
+  const bool tabled = position >= 0 && position < args.tables.rows;
+  const float *const cos = args.tables.cos + position * half, *const sin =
+                                                                  args.tables.sin + position * half;
+  const float nan = bits_float(0x7FC00000u);
+#pragma unroll 2  // a head of 128 columns in one round
+  for (int64_t c = threadIdx.x % 32; c < half; c += 32) {
+    const float low = tabled ? rope_value(x, c, half, cos, sin) : nan;
+    const float high = tabled ? rope_value(x, c + half, half, cos, sin) : nan;
+    y[c] = from_float<T>(low);
+    y[c + half] = from_float<T>(high);
+  }
+}
+
 // ---- paper: all heads of a token are one row ----
 
 // Where a column of that row lies; vectors do not cross heads.
@@ -101,6 +135,11 @@ template <class T, int kN, bool kAligned>
 LLMQAT_KERNEL(kMaxAppendThreads)
 append_tokens_kernel(AppendArgs args) {
   const int64_t token = blockIdx.x;
+  if (blockIdx.y >= 2) {
+    const int64_t head = (blockIdx.y - 2) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (head < args.p.q_heads) rotate_query<T>(args, token, head);
+    return;
+  }
   const bool is_key = blockIdx.y == 0;
   const TokenPlace at = append_place(args, token);
   if (at.block < 0) return;  // the whole block
@@ -153,18 +192,6 @@ append_tokens_kernel(AppendArgs args) {
 
 // ---- serving and float caches: a head of a token is a row ----
 
-// Column c of a head after RoPE, every product and sum rounded to T.
-template <class T>
-LLMQAT_DEVICE float rope_value(const T* x, int64_t c, int64_t half, const float* cos,
-                               const float* sin) {
-  const bool first = c < half;
-  const int64_t i = first ? c : c - half;
-  const float own = to_float(x[c]), other = to_float(x[first ? c + half : i]);
-  const float cosine = round_to<T>(cos[i]), sine = round_to<T>(sin[i]);
-  const float turned = round_to<T>(mul_rn(first ? -other : other, sine));
-  return round_to<T>(add_rn(round_to<T>(mul_rn(own, cosine)), turned));
-}
-
 LLMQAT_DEVICE void store_cached(void* x, int storage, int64_t i, float v) {
   if (storage == LLMQAT_KV_FLOAT32) {
     static_cast<float*>(x)[i] = v;
@@ -179,7 +206,13 @@ template <class T>
 LLMQAT_KERNEL(32 * kHeadsPerBlock)
 append_heads_kernel(AppendArgs args) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kHeadsPerBlock + threadIdx.y;
-  if (row >= args.p.n * args.cache.heads) return;  // whole warps
+  const int64_t rows = args.p.n * args.cache.heads;
+  if (row >= rows) return;  // whole warps
+  if (blockIdx.y >= 2) {
+    const int64_t query = (blockIdx.y - 2) * rows + row;  // as many a block as there are keys
+    rotate_query<T>(args, query / args.p.q_heads, query % args.p.q_heads);
+    return;
+  }
   const int64_t token = row / args.cache.heads, head = row % args.cache.heads;
   const bool is_key = blockIdx.y == 0;
   const TokenPlace at = append_place(args, token);
@@ -227,11 +260,16 @@ append_heads_kernel(AppendArgs args) {
 
 // ---- launch ----
 
+constexpr int64_t kMaxQueryBlocks = 65533;  // of the grid's y, beside those of K and of V
+
 template <class T, int kN, bool kAligned>
 int launch_tokens(const AppendArgs& args, void* stream) {
   const int64_t columns = args.cache.heads * args.cache.head_dim;
-  const dim3 grid(static_cast<unsigned>(args.p.n), 2);
-  const dim3 block(static_cast<unsigned>(append_threads(columns, kN)));
+  const int64_t threads = append_threads(columns, kN), heads = threads / 32;
+  const int64_t queries = (args.p.q_heads + heads - 1) / heads;
+  if (queries > kMaxQueryBlocks) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(args.p.n), static_cast<unsigned>(2 + queries));
+  const dim3 block(static_cast<unsigned>(threads));
   LLMQAT_LAUNCH((append_tokens_kernel<T, kN, kAligned>), grid, block, stream, args);
   return cudaGetLastError();
 }
@@ -255,9 +293,10 @@ int launch_append(const AppendArgs& args, void* stream) {
                    : launch_tokens<T, 2, false>(args, stream);
   }
   const int64_t blocks = (args.p.n * args.cache.heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
-  if (blocks > INT_MAX) return cudaErrorInvalidValue;
-  LLMQAT_LAUNCH(append_heads_kernel<T>, dim3(static_cast<unsigned>(blocks), 2),
-                dim3(32, kHeadsPerBlock), stream, args);
+  const int64_t queries = args.p.q_heads / args.cache.heads;
+  if (blocks > INT_MAX || queries > kMaxQueryBlocks) return cudaErrorInvalidValue;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(2 + queries));
+  LLMQAT_LAUNCH(append_heads_kernel<T>, grid, dim3(32, kHeadsPerBlock), stream, args);
   return cudaGetLastError();
 }
 
@@ -269,7 +308,8 @@ extern "C" int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache,
                                                 const LlmqatRopeTables* tables, void* stream) {
   if (problem->n == 0 || cache->heads == 0 || cache->head_dim == 0) return cudaSuccess;
   if (problem->n > INT_MAX) return cudaErrorInvalidValue;
-  const llmqat::AppendArgs args{*cache, *tables, *problem};
+  llmqat::AppendArgs args{*cache, *tables, *problem};
+  if (problem->q_out == nullptr) args.p.q_heads = 0;
   switch (problem->dtype) {
     case LLMQAT_FLOAT32: return llmqat::launch_append<float>(args, stream);
     case LLMQAT_BFLOAT16: return llmqat::launch_append<llmqat::bf16>(args, stream);

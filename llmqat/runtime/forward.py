@@ -43,6 +43,7 @@ OPERATORS = (
 )
 
 JOINED = (
+    "rope_quantize_append_queries",
     "attention_decode_quantize",
     "repacked_matmul_silu_mul",
     "repacked_matmul_add",
@@ -177,20 +178,12 @@ class Forward:
                 kernels.rms_norm(heads.contiguous(), weight, block.head_eps)
                 for heads, weight in zip((q, k), block.head_norms, strict=True)
             )
-        kernels.rope_quantize_append(
-            k,
-            v,
-            cos,
-            sin,
-            cache.k_codes,
-            cache.k_scale,
-            cache.v_codes,
-            cache.v_scale,
-            rows.slots,
-            rows.positions,
-            cache.bits,
-            cache.pre_rope,
-        )
+        held = (cache.k_codes, cache.k_scale, cache.v_codes, cache.v_scale)
+        places = (rows.slots, rows.positions, cache.bits, cache.pre_rope)
+        if "rope_quantize_append_queries" in self._joined:
+            append = kernels.rope_quantize_append_queries
+            return append(q, k, v, cos, sin, *held, None, *places)  # type: ignore[no-any-return]
+        kernels.rope_quantize_append(k, v, cos, sin, *held, *places)
         return kernels.rope(q, cos, sin, rows.positions)  # type: ignore[no-any-return]
 
     def _attend(self, cache: KVCache, q: Tensor, rows: Rows) -> Tensor:

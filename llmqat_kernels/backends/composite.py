@@ -67,6 +67,12 @@ COMPOSITES: dict[str, Callable[..., Any]] = {
     "rope_quantize_append_paged": _composed(
         paged.rope_quantize_append_paged, "rope_quantize_append"
     ),
+    "rope_quantize_append_queries": _composed(
+        paged.rope_quantize_append_queries,
+        "rope_quantize_append",
+        "rope_quantize_append_paged",
+        "rope",
+    ),
     "attention_decode_paged": _composed(paged.attention_decode_paged, "attention_decode"),
     "attention_decode_quantize": _composed(
         paged.attention_decode_quantize,

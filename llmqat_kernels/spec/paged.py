@@ -66,6 +66,37 @@ def rope_quantize_append_paged(
             pool[pages, :, offsets] = filled[slots, :, positions]
 
 
+def rope_quantize_append_queries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_codes: Tensor,
+    k_scale: Tensor,
+    v_codes: Tensor,
+    v_scale: Tensor,
+    page_table: Tensor | None,
+    slots: Tensor,
+    positions: Tensor,
+    bits: int,
+    pre_rope: bool,
+    rope_quantize_append: Callable[..., None] = rope.rope_quantize_append,
+    rope_quantize_append_paged: Callable[..., None] = rope_quantize_append_paged,
+    rope: Callable[..., Tensor] = rope.rope,
+) -> Tensor:
+    """What comes between the projections and attention: k, v [n, Hkv, D] into the cache, and the
+    rotated queries of q [n, H, D] (spec 9).
+    """
+    cache = (k_codes, k_scale, v_codes, v_scale)
+    places = (slots, positions, bits, pre_rope)
+    if page_table is None:
+        rope_quantize_append(k, v, cos, sin, *cache, *places)
+    else:
+        rope_quantize_append_paged(k, v, cos, sin, *cache, page_table, *places)
+    return rope(q, cos, sin, positions)
+
+
 def attention_decode_paged(
     q: Tensor,
     k_codes: Tensor,

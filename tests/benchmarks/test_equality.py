@@ -29,7 +29,10 @@ FLOAT_OPS = {
     "distillation_loss_logits",
     "distillation_loss_top_k",
 }
-PARTS = {"pack_int4", "unpack_int4", "repack_weight", "rope_quantize_append_paged"}
+PARTS = {
+    "pack_int4", "unpack_int4", "repack_weight", "rope_quantize_append_paged",
+    "rope_quantize_append_queries",
+}  # fmt: skip
 
 
 def test_every_exact_operator_is_drawn():

@@ -43,9 +43,9 @@ class Heads(ctypes.Structure):
 
 class Append(ctypes.Structure):
     _fields_ = [
-        *((name, Heads) for name in ("k", "v")),
-        *((name, _pointer) for name in ("slots", "positions")),
-        ("n", _long),
+        *((name, Heads) for name in ("k", "v", "q")),
+        *((name, _pointer) for name in ("q_out", "slots", "positions")),
+        *((name, _long) for name in ("n", "q_heads")),
         ("dtype", _int),
     ]
 

@@ -207,6 +207,14 @@ def test_strides_of_the_queries_change_no_bit(kernel, dtype, mode, bits):
         assert torch.equal(attend(kernel, [x, *args[1:]]), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_largest_length_of_zero(kernel, dtype):
+    """No split has a token; the tickets are cleared all the same."""
+    args = case(8, "paper", 64, dtype, 2, (0, 0), tokens=4)
+    out, codes, scale = attend(kernel, args, 8, max_length=0)
+    assert (out == 0).all() and (codes == 0).all() and (scale == 1).all()
+
+
 def test_empty_batch(kernel):
     args = case(8, "paper", 64, torch.float16, 1, (5,))
     none = [args[0][:0], *args[1:7], args[7][:0], args[8][:0], *args[9:]]

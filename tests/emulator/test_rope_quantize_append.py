@@ -8,7 +8,7 @@ import torch
 from llmqat_kernels.spec import rope as spec
 from tests.emulator.build import SCHEDULES, compile_kernel
 from tests.emulator.kv import DTYPES, Append, cache_of, gathered, heads_of, paged, tables_of, views
-from tests.emulator.memory import guard
+from tests.emulator.memory import guard, poisoned
 from tests.kernels.kv_cases import MODES, empty_cache, tables
 
 pytestmark = pytest.mark.emulator
@@ -27,25 +27,32 @@ def rows(n, heads, head_dim, dtype, seed=0):
     return torch.randn(2, n, heads, head_dim, generator=random).to(dtype)
 
 
-def append(kernel, k, v, cos, sin, cache, slots, positions):
+def append(kernel, k, v, cos, sin, cache, slots, positions, q=None):
+    """The cache, with q (rotated queries, the cache)."""
     (keys, own_k), (values, own_v) = heads_of(k), heads_of(v)
     index = [guard(t) for t in (slots, positions)]
     table, own_tables = tables_of(cos, sin)
+    queries, own_q = heads_of(k[:, :0] if q is None else q)
+    rotated = poisoned((0,) if q is None else q.shape, k.dtype)
     problem = Append(
         k=keys,
         v=values,
+        q=queries,
+        q_out=None if q is None else rotated.pointer,
         slots=index[0].pointer,
         positions=index[1].pointer,
         n=k.shape[0],
+        q_heads=0 if q is None else q.shape[1],
         dtype=DTYPES[k.dtype],
     )
     error = kernel.llmqat_cuda_rope_quantize_append(
         ctypes.byref(cache.struct), ctypes.byref(problem), ctypes.byref(table), None
     )
     assert error == 0
-    for buffer in (own_k, own_v, *index, *own_tables):
+    for buffer in (own_k, own_v, own_q, *index, *own_tables):
         buffer.check()
-    return cache.check()
+    written = cache.check()
+    return written if q is None else (rotated.check(), written)
 
 
 def same(got, want):
@@ -131,6 +138,54 @@ def test_strides_of_rows_wider_than_the_registers(kernel):
 def test_half_width_float_cache(kernel, float_dtype):
     k, v = rows(2, 1, 64, torch.float32)
     check(kernel, k, v, 16, "serving", SLOTS[:2], POSITIONS[:2], float_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(12, 3, 64), (2, 1, 6), (5, 5, 128)])
+def test_queries_on_the_way(kernel, dtype, bits, mode, heads, kv_heads, head_dim):
+    """Views of one product: the queries of `rope`, and the cache of the append alone."""
+    kernel.use_schedule("shuffled")
+    q, k, v = views(3, (heads, kv_heads, kv_heads), head_dim, dtype)
+    cos, sin = tables(TOKENS, head_dim)
+    before = empty_cache(3, kv_heads, TOKENS, head_dim, bits, mode, "random")
+    caches = [cache_of(before, head_dim, bits, mode == "paper" and bits != 16) for _ in range(3)]
+
+    def run(cache, *qs):
+        return append(kernel, k, v, cos, sin, cache, SLOTS, POSITIONS, *qs)
+
+    alone = run(caches[0])
+    want = spec.rope(q, cos, sin, POSITIONS)
+    for cache, one in zip(caches[1:], (q, q.contiguous()), strict=True):
+        rotated, written = run(cache, one)
+        assert torch.equal(rotated, want)
+        same(written, alone)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_under_every_schedule(kernel, schedule, mode):
+    kernel.use_schedule(schedule)
+    q, k, v = views(2, (6, 3, 3), 64, torch.bfloat16)
+    cos, sin = tables(TOKENS, 64)
+    cache = cache_of(empty_cache(3, 3, TOKENS, 64, 8, mode, "random"), 64, 8, mode == "paper")
+    rotated, _ = append(kernel, k, v, cos, sin, cache, SLOTS[:2], POSITIONS[:2], q)
+    assert torch.equal(rotated, spec.rope(q, cos, sin, POSITIONS[:2]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_of_places_outside(kernel, mode):
+    """Rotated by their positions, whether or not the cache has the place; NaN past the tables."""
+    q, k, v = views(4, (4, 2, 2), 64, torch.float16)
+    cos, sin = tables(TOKENS, 64)
+    before = empty_cache(3, 2, TOKENS - 5, 64, 8, mode, "random")
+    cache = cache_of(before, 64, 8, mode == "paper")
+    slots, positions = torch.tensor([3, 0, 0, 0]), torch.tensor([7, TOKENS - 1, TOKENS, -1])
+    rotated, written = append(kernel, k, v, cos, sin, cache, slots, positions, q)
+    same(written, before)
+    assert torch.equal(rotated[:2], spec.rope(q[:2], cos, sin, positions[:2]))
+    assert rotated[2:].isnan().all()
 
 
 def test_rows_wider_than_the_registers(kernel):

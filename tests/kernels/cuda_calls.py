@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmqat_kernels.backends.reference import REFERENCE
+from llmqat_kernels.schemas import SCHEMAS
 from llmqat_kernels.testing import assert_same_bits
 
 
@@ -49,12 +50,18 @@ def on_cpu(value: Any) -> Any:
 
 def expected(op: str, case: Case) -> Any:
     """What the reference makes of the same arguments, on the CPU; it changes what it may change
-    in its own copies, which come back where there is no other result."""
+    in its own copies, which come back too."""
     if case.want is not None:
         return case.want()
     args = on_cpu(case.args)
-    result = REFERENCE[op](*args)
-    return args if result is None else result
+    return outcome(op, args, REFERENCE[op](*args))
+
+
+def outcome(op: str, args: tuple[Any, ...], result: Any) -> Any:
+    """What a call gives: its result, and its arguments where it writes to some of them."""
+    if "!" not in SCHEMAS[op]:
+        return result
+    return args if result is None else (result, *args)
 
 
 def _assert_close(actual: Tensor, wanted: Tensor, limit: float, name: str) -> None:

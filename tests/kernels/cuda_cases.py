@@ -33,6 +33,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "rope_quantize_append": kv.rope_quantize_append,
     "attention_decode": kv.attention_decode,
     "rope_quantize_append_paged": kv.rope_quantize_append_paged,
+    "rope_quantize_append_queries": kv.rope_quantize_append_queries,
     "attention_decode_paged": kv.attention_decode_paged,
     "attention_decode_quantize": kv.attention_decode_quantize,
 }

@@ -27,6 +27,9 @@ ARCHS = {"int4_linear": 90}
 _pointer, _long, _int, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_bool
 
 
+_LOADED: dict[str, Kernels] = {}
+
+
 @functools.cache
 def _library(name: str) -> Kernels:
     """A kernel's library with the types of its arguments."""
@@ -45,7 +48,14 @@ def _library(name: str) -> Kernels:
         library.llmqat_cuda_int4_is_regular.argtypes = [problem]
         library.llmqat_cuda_int4_is_regular.restype = _flag
     library.use_schedule("shuffled")
+    library.take_launches()  # of other tests: one file is one library in a process
+    _LOADED[name] = library
     return library
+
+
+def take_launches() -> int:
+    """How many kernels the calls since the last one of this function have started."""
+    return sum(library.take_launches() for library in _LOADED.values())
 
 
 def _quantize(x, bits, group_size=-1, bf16_scale=False):
@@ -111,6 +121,14 @@ def _integer_groups(*args):
     return test_int4_linear.multiply(_library("int4_linear"), *args)[0]
 
 
+def _append_queries(q, k, v, cos, sin, *rest):
+    *cache, table, slots, positions, bits, pre_rope = rest
+    held = cache_of(cache, k.shape[-1], bits, pre_rope, table)
+    kernel = _library("rope_quantize_append")
+    rotated, written = append.append(kernel, k, v, cos, sin, held, slots, positions, q)
+    return (rotated, q, k, v, cos, sin, *written, *rest[4:])
+
+
 def _append(k, v, cos, sin, *rest):
     *cache, slots, positions, bits, pre_rope = rest
     tensors, table = cache[:4], cache[4] if len(cache) > 4 else None
@@ -148,6 +166,7 @@ RUN: dict[str, Callable[..., Any]] = {
     "integer_group_matmul": _integer_groups,
     "rope_quantize_append": _append,
     "rope_quantize_append_paged": _append,
+    "rope_quantize_append_queries": _append_queries,
     "attention_decode": _attention,
     "attention_decode_paged": _attention_paged,
     "attention_decode_quantize": _attention_quantize,

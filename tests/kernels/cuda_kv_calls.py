@@ -178,6 +178,26 @@ def _append(is_paged: bool) -> Iterator[Case]:
         yield Case((k, v, *tables(TOKENS, form.head_dim), *cache, *index, form.bits, form.pre_rope))
 
 
+GROUPS = (1, 4, 3)
+"""Query heads of a KV head."""
+
+
+def rope_quantize_append_queries() -> Iterator[Case]:
+    """k, v and q as the engine has them: parts of one product."""
+    for number, (contiguous, in_pages) in enumerate(
+        zip(_append(False), _append(True), strict=True)
+    ):
+        k, v, cos, sin, *rest = (in_pages if number % 2 else contiguous).args
+        table = rest[4] if number % 2 else None
+        n, kv_heads, dim = k.shape
+        heads = kv_heads * GROUPS[number % 3]
+        base = torch.randn(n, heads + 2 * kv_heads, dim).to(k.dtype)
+        q, own_k, own_v = base.split_with_sizes((heads, kv_heads, kv_heads), 1)
+        own_k.copy_(k), own_v.copy_(v)
+        places = rest[-4:]
+        yield Case((q, own_k, own_v, cos, sin, *rest[:4], table, *places))
+
+
 def rope_quantize_append() -> Iterator[Case]:
     return _append(False)
 

@@ -185,6 +185,15 @@ def _repack_weight(case: Case, sms: int) -> Paths:
     return {f"{CODES[w.dtype]} to {'int4' if bits <= 4 else 'int8'}"}
 
 
+def _append_queries(case: Case, sms: int) -> Paths:
+    q, k, *rest = case.args
+    where = "contiguous" if case.args[9] is None else "pages"
+    one_row = "a row" if case.args[-1] else "heads"
+    group = f"{q.shape[1] // k.shape[1]} queries a head"
+    found = _append(Case((k, *rest)), sms)
+    return found | {f"{where}, {one_row}", f"{group}, {one_row}", f"queries of {NAMES[q.dtype]}"}
+
+
 def _append(case: Case, sms: int) -> Paths:
     k, codes = case.args[0], case.args[4]
     heads, dim = k.shape[1:]
@@ -253,6 +262,7 @@ PATHS: dict[str, Callable[[Case, int], Paths]] = {
     "integer_group_matmul": _integer_groups,
     "rope_quantize_append": _append,
     "rope_quantize_append_paged": _append,
+    "rope_quantize_append_queries": _append_queries,
     "attention_decode": _attention_decode,
     "attention_decode_paged": _attention_paged,
     "attention_decode_quantize": _attention_quantize,

@@ -75,6 +75,13 @@ APPENDS = (
     | {"heads of bf16 to bf16 cache", "heads of fp32 to fp16 cache", "heads of fp16 to fp32 cache"}
     | {"heads of fp16 to int8", "beyond the registers"}
 )
+ROWS = ("a row", "heads")
+QUERIES = (
+    each(("contiguous, ", "pages, "), ROWS)
+    | each(("1", "3", "4"), (" queries a head, ",), ROWS)
+    | each(("queries of ",), FLOATS)
+    | {"rows of bf16 to int8, aligned", "rows of bf16 to int4, aligned", "heads of bf16 to int8"}
+)
 CODES = each(("contiguous", "pages"), (", codes of ",), ("4 bits", "8 bits"))
 
 SMALL = {
@@ -95,6 +102,7 @@ SMALL = {
     "integer_group_matmul": GROUPS | {"any layout", "two token tiles", "two channel tiles"},
     "rope_quantize_append": APPENDS,
     "rope_quantize_append_paged": APPENDS,
+    "rope_quantize_append_queries": QUERIES,
     "attention_decode": HEADS
     | each(("tensor cores, ",), INSTANCES, (": 2 splits",))
     | each(("scalar, ",), STORED, (": 2 splits",))

@@ -280,6 +280,15 @@ def _rope_quantize_append_paged():
         yield *x, *_tables(), *codes, *index, cache.bits, cache.pre_rope
 
 
+def _rope_quantize_append_queries():
+    for cache, codes in _paged():
+        index = torch.tensor([0, 1, 1]), torch.tensor([0, 0, 7])
+        x = torch.randn(3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+        for table in (None, codes[-1]):
+            rest = *codes[:-1], table, *index, cache.bits, cache.pre_rope
+            yield *x, *_tables(), *rest
+
+
 def _attention_decode_paged():
     for cache, codes in _paged():
         index = torch.tensor([0, 1, 1]), torch.tensor([0, 5, 8])

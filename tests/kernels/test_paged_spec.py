@@ -46,6 +46,26 @@ def test_pages_hold_what_the_contiguous_cache_holds(bits, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_an_append_with_queries_is_the_append_and_rope(bits, mode):
+    cache, pools, table = case(bits, mode)
+    where = torch.tensor([0, 2, 2]), torch.tensor([70, 129, 63])
+    q, (k, v) = torch.randn(3, 4, 8), torch.randn(2, 3, 2, 8)
+    rest = *where, bits, mode == "paper" and bits != 16
+    cos, sin = tables(192, 8)
+    want = [t.clone() for t in cache]
+    rope.rope_quantize_append(k, v, cos, sin, *want, *rest)
+    for append in (paged.rope_quantize_append_queries, ops.rope_quantize_append_queries):
+        own, mine = [t.clone() for t in cache], [t.clone() for t in pools]
+        rotated = append(q, k, v, cos, sin, *own, None, *rest)
+        assert torch.equal(rotated, rope.rope(q, cos, sin, where[1]))
+        assert torch.equal(append(q, k, v, cos, sin, *mine, table, *rest), rotated)
+        for pool, one, other in zip(mine, own, want, strict=True):
+            assert torch.equal(one, other)
+            assert torch.equal(paged.gather_pages(pool, table), other)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_attention_over_pages_and_the_codes_of_its_rows(mode):
     cache, pools, table = case(8, mode)
     lengths = torch.tensor(LENGTHS)

@@ -7,7 +7,7 @@ from llmqat_kernels import dispatch, native
 from llmqat_kernels.backends import triton
 
 EVERY = (*OPERATORS, *JOINED, "sample", "repack_weight")
-CUDA_ONLY = {"attention_decode_quantize"}
+CUDA_ONLY = {"attention_decode_quantize", "rope_quantize_append_queries"}
 CUDA_FIRST = CUDA_ONLY | {
     "quantize", "repack_weight", "repacked_matmul", "repacked_matmul_silu_mul",
     "repacked_matmul_add", "repacked_linear", "repacked_linear_add", "rope_quantize_append",

@@ -19,8 +19,7 @@ OPERATORS_OF_A_BLOCK = {
         "rms_norm_quantize": 2,
         "repacked_matmul": 1,
         "repacked_matmul_add": 2,
-        "rope_quantize_append": 1,
-        "rope": 1,
+        "rope_quantize_append_queries": 1,
         "attention_decode_quantize": 1,
         "repacked_matmul_silu_mul": 1,
         "quantize": 1,
@@ -35,7 +34,7 @@ OPERATORS_OF_A_BLOCK = {
         "silu_mul_quantize": 1,
     },
 }
-"""Ten where pairs are joined, else eleven: docs/runtime.md."""
+"""Nine where pairs are joined, else eleven: docs/runtime.md."""
 
 
 def counted(engine):
@@ -62,7 +61,7 @@ def test_operators_of_a_block(backend):
         engine.prefill([0], [[1]])
     assert calls[1] - calls[0] == OPERATORS_OF_A_BLOCK[backend]
     joined = "attention_decode_quantize" in OPERATORS_OF_A_BLOCK[backend]
-    assert sum((calls[1] - calls[0]).values()) == (10 if joined else 11)
+    assert sum((calls[1] - calls[0]).values()) == (9 if joined else 11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -28,6 +28,7 @@ GROUPS = ("test_int4_linear.py", "equal_spec and 80-8-65-1280-64-4 or test_sched
 GROUPS_90 = ("test_int4_linear.py", "equal_spec and 90-8-65-1280-64-4")
 PLAIN = ("test_int4_linear.py", "any_layout and 80-3")
 STRIDES = ("test_rope_quantize_append.py", "strides_change and 4 and dtype1")
+ON_THE_WAY = ("test_rope_quantize_append.py", "queries_on_the_way and 8 and dtype1")
 QUERIES = ("test_attention_decode.py", "strides_of_the_queries and 8 and paper")
 APPEND = ("test_rope_quantize_append.py", "every_schedule and (forward or lagging) or outside")
 ATTENTION = (
@@ -323,6 +324,41 @@ BUGS = (
         " && x.token % kN == 0 && x.head % kN == 0",
         "",
         STRIDES,
+    ),
+    Bug(
+        "append: queries of the next head",
+        ROPE_APPEND,
+        "(blockIdx.y - 2) * (blockDim.x / 32) + threadIdx.x / 32",
+        "(blockIdx.y - 2) * (blockDim.x / 32) + threadIdx.x / 32 + 1",
+        ON_THE_WAY,
+    ),
+    Bug(
+        "append: queries of the keys' blocks",
+        ROPE_APPEND,
+        "(blockIdx.y - 2) * rows + row",
+        "(blockIdx.y - 1) * rows + row",
+        ON_THE_WAY,
+    ),
+    Bug(
+        "append: a query past the tables reads them",
+        ROPE_APPEND,
+        "position >= 0 && position < args.tables.rows",
+        "position >= 0",
+        ("test_rope_quantize_append.py", "queries_of_places_outside"),
+    ),
+    Bug(
+        "attention: tickets as the last launch left them",
+        "csrc/cuda/attention_args.cuh",
+        "args.p.tickets[query] = 0;",
+        "args.p.tickets[query] += 0;",
+        OUTPUT,
+    ),
+    Bug(
+        "attention: no block that clears the tickets of an empty cache",
+        ATTENTION_DECODE,
+        "std::max<int64_t>(1, attention_splits(problem->max_length))",
+        "attention_splits(problem->max_length)",
+        ("test_attention_decode.py", "largest_length_of_zero"),
     ),
     Bug(
         "attention: queries taken for contiguous",
