@@ -65,6 +65,10 @@ class Kernels(ctypes.CDLL):
             raise EmulatorError(message)
         return result
 
+    def take_launches(self) -> int:
+        """How many grids were begun since the last call."""
+        return ctypes.CDLL.__getitem__(self, "emulator_take_launches")()
+
     def use_schedule(self, name: str, seed: int = 1) -> None:
         """The order of threads and blocks from now on, one of ``SCHEDULES``."""
         self._set_schedule(SCHEDULES.index(name), seed)

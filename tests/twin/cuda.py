@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from llmqat_kernels.backends import triton as backend
 from tests.twin import graphs
+from tests.twin.launches import LAUNCHED
 from tests.twin.tensors import CUDA, inner
 
 PROPERTIES = SimpleNamespace(
@@ -117,6 +118,7 @@ def _interpret_twins():
             launch(executor, *args, **kwargs)
 
     def call(executor, *args, **kwargs):
+        LAUNCHED.append(executor.fn.__name__)
         graphs.TAPE.run(run, (executor, *tree_map(inner, args)), tree_map(inner, kwargs))
 
     interpreter.GridExecutor.__call__ = call

@@ -30,6 +30,7 @@ import llmqat_kernels as qk
 from tests.device import flows
 from tests.device.place import Cuda
 from tests.twin import cuda, graphs, tensors
+from tests.twin.launch_counts import launches_of_a_block_by_cuda
 
 
 class Twin(Cuda):
@@ -106,6 +107,9 @@ def a_capture_computes_nothing_and_refuses_to_wait():
             assert "while a graph is captured" in str(error)
         else:
             raise AssertionError("a captured value was read")
+
+
+flow(launches_of_a_block_by_cuda)
 
 
 if __name__ == "__main__":

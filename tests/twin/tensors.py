@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from llmqat_kernels import dispatch, use_backend
 from llmqat_kernels.schemas import SCHEMAS
 from tests.llmqat.host_syncs import VALUE_DEPENDENT
+from tests.twin import launches
 from tests.twin.graphs import TAPE
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -27,7 +28,8 @@ ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::_unsafe_index",
 FIRST_DECIDES = ("aten::index", "aten::_unsafe_index", "aten::copy_")
 """Their result is where the first operand is."""
 RAN: set[str] = set()
-"""Operators of the native library that ran on the device, and what a flow's place adds."""
+"""Operators of the native library that ran on the device, and what a flow's place adds;
+``launches.LAUNCHED`` has every launch."""
 
 
 class Twin(torch.Tensor):
@@ -84,6 +86,7 @@ def run(op, args, kwargs):
         on_device = isinstance(args[0], Twin)
     if not on_device:
         return function(*tree_map(inner, args), **there)
+    launches.LAUNCHED.extend(launches.torch_operator(op))
     result = _wrap(TAPE.run(function, tree_map(inner, args), there), twins)
     return return_and_correct_aliasing(op, args, kwargs, result) if twins else result
 
@@ -126,6 +129,7 @@ def _own(op, args, kwargs, twins):
             return choice.kernel(*args)
     RAN.add(op.name())
     _check_as_the_library(op, args)
+    launches.LAUNCHED.extend(launches.native(name, args))
 
     def stand_in(*args):
         with use_backend("reference"):

@@ -14,6 +14,7 @@
 namespace llmqat::emulated {
 
 inline cudaError_t last_error = cudaSuccess;
+inline int launches = 0;  // grids begun since they were taken
 
 // ---- faults ----
 
@@ -90,6 +91,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
   }
   gridDim = grid;
   blockDim = size;
+  ++launches;
   block.body = &kernel;
   random_order.seed(seed);
   dynamic_shared.resize(shared_bytes);
@@ -133,6 +135,13 @@ __attribute__((used, visibility("default"))) inline const char* emulator_take_er
   taken = llmqat::emulated::error;
   llmqat::emulated::error.clear();
   return taken.c_str();
+}
+
+// How many grids were begun since the last call.
+__attribute__((used, visibility("default"))) inline int emulator_take_launches() {
+  const int taken = llmqat::emulated::launches;
+  llmqat::emulated::launches = 0;
+  return taken;
 }
 
 }  // extern "C"
