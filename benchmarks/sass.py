@@ -96,6 +96,11 @@ class Kernel:
         found = _SOURCE.search(self.symbol)
         return f"{found[1]}.cu" if found else ""
 
+    def before(self, opcode: str) -> tuple[Instruction, ...]:
+        """What lies before the first such instruction; nothing where there is none."""
+        places = [place for place, i in enumerate(self.code) if i.opcode == opcode]
+        return self.code[: places[0]] if places else ()
+
     @cached_property
     def loops(self) -> list[Loop]:
         """The natural loops, nested ones also on their own, in the order of their headers."""

@@ -26,6 +26,8 @@ class Figures:
         wide_loads: global loads of 16 bytes in the loops around it, conditional ones too.
         int4_mma: MMAs on 4-bit codes, in SASS and PTX.
         tf32: SASS and PTX instructions that round to TF32.
+        waits: instructions that wait for the launches before (ACQBULK of sm_90).
+        early: accesses of global memory before the first of them.
         ftz, div_full, approx, fma: PTX instructions that are not what the specification says.
     """
 
@@ -44,6 +46,8 @@ class Figures:
     approx: int = 0
     fma: int = 0
     wide_loads: int = 0
+    waits: int = 0
+    early: int = 0
     loop: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -150,6 +154,13 @@ def _wide(f: Figures, promise: Expected) -> str:
     return "no loads of 16 bytes in the loop" if promise.wide and not f.wide_loads else ""
 
 
+def _wait(f: Figures, promise: Expected) -> str:
+    if f.arch < 90:
+        return "waits, which only sm_90 can" if f.waits else ""
+    early = f"{f.early} accesses of global memory before its wait" if f.early else ""
+    return early if f.waits else "no wait for the launches before its own"
+
+
 def _unpack(f: Figures, promise: Expected) -> str:
     budget = promise.unpack.get(f.arch)
     if budget is None or f.unpack_per_mma <= budget:
@@ -170,6 +181,7 @@ GATES: dict[str, Gate] = {
     "mma": _mma,
     "wide_loads": _wide,
     "unpack": _unpack,
+    "wait": _wait,
 }
 
 

@@ -34,6 +34,8 @@ LIBRARY = ROOT / "llmqat_kernels" / "_native.abi3.so"
 INCLUDE_FOLDERS = (ROOT / "csrc", ROOT / "csrc/include")
 FLAGS = ("NVCC_FLAGS", "CUDA_ARCHS")
 WIDE_LOADS = ("LDG.128", "LDGSTS.128")
+GLOBAL = ("LDG", "STG", "LD", "ST", "LDGSTS", "ATOM", "ATOMG", "RED", "REDG")
+"""Opcodes that read or write global memory."""
 SHOWN = 9
 """Kinds of instructions that the page shows of a hot loop; the JSON has all."""
 
@@ -116,6 +118,8 @@ def figures(kernel: sass.Kernel, ptx: str) -> Figures:
         approx=in_ptx["approx"],
         fma=in_ptx["fma"],
         wide_loads=sass.count(kernel.around_hot_loop, *WIDE_LOADS),
+        waits=sum(i.opcode == "ACQBULK" for i in kernel.code),
+        early=sum(i.opcode.split(".")[0] in GLOBAL for i in kernel.before("ACQBULK")),
         loop=sass.mix(kernel.hot_loop),
     )
 
@@ -180,7 +184,8 @@ def page(kernels: Sequence[Figures], nvcc: str) -> str:
         "(LDG.128, LDGSTS.128) in it and the loops around it.",
         "",
         "Everywhere: no stack, no spills, no call in the hot loop, no flushed subnormals, no TF32,",
-        "no 4-bit MMA on sm_90, code for both architectures. What each kernel promises besides:",
+        "no 4-bit MMA on sm_90, code for both architectures; on sm_90 no access of global memory",
+        "before the kernel has waited for its turn. What each kernel promises besides:",
         "",
         "| kernels | promise |\n|---|---|\n" + promises,
     ]

@@ -56,6 +56,7 @@ LLMQAT_DEVICE void quantize_output(const AttentionArgs& args, int query) {
 
 LLMQAT_KERNEL(kCombineThreads)
 combine_kernel(AttentionArgs args) {
+  take_turn();
   LLMQAT_DYNAMIC_SHARED(shared);
   float* const factors = reinterpret_cast<float*>(shared);  // [threads]
   float* const totals = factors + kCombineThreads;          // [threads]

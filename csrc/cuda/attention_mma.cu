@@ -217,6 +217,7 @@ template <bool kPacked, int kDim, bool kRotate>
 LLMQAT_KERNEL_MIN_BLOCKS(kAttentionThreads, 2)
 attention_mma_kernel(AttentionArgs args, int block_heads) {
   using T = Tile<kPacked, kDim, kRotate>;
+  take_turn();
   LLMQAT_DYNAMIC_SHARED(shared);
   const int query = static_cast<int>(blockIdx.x) / args.splits;
   const int split = static_cast<int>(blockIdx.x) % args.splits;

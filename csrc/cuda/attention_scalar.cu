@@ -58,6 +58,7 @@ LLMQAT_DEVICE float reduce(float v, float* shared, F combine) {
 template <int kStorage>
 LLMQAT_KERNEL(kScalarThreads)
 attention_scalar_kernel(AttentionArgs args) {
+  take_turn();
   LLMQAT_DYNAMIC_SHARED(shared);
   const int query = static_cast<int>(blockIdx.x) / args.splits;
   const int split = static_cast<int>(blockIdx.x) % args.splits;

@@ -146,6 +146,7 @@ float_linear_kernel(const LinearArgs args) {
   using Group = FloatGroup<T, kTokenTiles>;
   using Ring = typename Group::Ring;
   constexpr int kBuffers = Ring::kBuffers;
+  griddepcontrol_launch_dependents();
   LLMQAT_DYNAMIC_SHARED(shared);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = static_cast<int>(blockIdx.x) / args.splits;
@@ -154,6 +155,7 @@ float_linear_kernel(const LinearArgs args) {
   int left = first_stage(args, split + 1) - begin, to_issue = left;
 
   LinearFeed<Ring> feed(args, shared, group, begin);
+  feed.prefetch_and_wait();
   const auto issue = [&](int buffer) {
     if (to_issue-- > 0) feed.issue(buffer);
     cp_async_commit();

@@ -250,6 +250,7 @@ template <int kTokens, bool kInt8Tokens, int kSegment>
 LLMQAT_KERNEL_MIN_BLOCKS(kThreads, (Tile<kTokens, kInt8Tokens, kSegment>::kMinBlocks))
 int4_linear_kernel(Problem p) {
   using T = Tile<kTokens, kInt8Tokens, kSegment>;
+  take_turn();
   LLMQAT_DYNAMIC_SHARED(shared);
   int32_t* const flag = reinterpret_cast<int32_t*>(shared);
   unsigned char* const stages = shared + 16;
@@ -312,6 +313,7 @@ LLMQAT_DEVICE int32_t code_at(const void* codes, bool packed, int64_t row, int64
 
 // Any layout: a warp for every result.
 LLMQAT_KERNEL(kThreads) int4_linear_any_kernel(Problem p) {
+  take_turn();
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpLanes;
   if (warp >= p.m * p.n) return;
   const int64_t token = warp / p.n, channel = warp % p.n;

@@ -101,6 +101,16 @@ class LinearFeed {
     column_ = stage * Ring::kRowBytes;
   }
 
+  // Waits for the kernels before this one, while the first stage comes from memory to L2.
+  LLMQAT_DEVICE void prefetch_and_wait() const {
+    const bool begins_line = threadIdx.x % (128 / kLoadBytes) == 0;
+#pragma unroll
+    for (int slot = 0; slot < Ring::kLoads; ++slot) {
+      if (begins_line && blocks_left_ > 0) prefetch_l2(weights_from_ + slot * kFragmentBytes);
+    }
+    griddepcontrol_wait();
+  }
+
   // Starts the copies of a stage to `buffer` bytes from the ring's start, and goes on to the next
   // of the group. What lies beyond m, n or k becomes 0.
   LLMQAT_DEVICE void issue(int buffer) {

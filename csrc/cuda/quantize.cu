@@ -56,6 +56,7 @@ template <class T, int kN>
 LLMQAT_KERNEL(kMaxThreads)
 quantize_kernel(const T* __restrict__ x, int64_t rows, int64_t columns, int64_t row_stride,
                 int bits, bool bf16_scale, int8_t* __restrict__ codes, float* __restrict__ scale) {
+  take_turn();
   const int64_t r = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (r >= rows) return;  // whole warps only: blockDim.y > 1 means one warp a row
   const int64_t chunks = columns / kN, stride = blockDim.x;

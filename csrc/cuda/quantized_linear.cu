@@ -238,12 +238,14 @@ integer_linear_kernel(const LinearArgs args) {
   using Group = IntegerGroup<kNibbles, kTokenTiles>;
   using Ring = typename Group::Ring;
   constexpr int kBuffers = Ring::kBuffers;
+  griddepcontrol_launch_dependents();
   LLMQAT_DYNAMIC_SHARED(shared);
   auto& exchange = *reinterpret_cast<typename Group::Exchange*>(shared + Ring::kBytes);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 
   LinearWalk at(args), ahead = at;
   LinearFeed<Ring> feed(args, shared, ahead.group, ahead.stage);
+  feed.prefetch_and_wait();
   const auto issue = [&](int buffer) {
     if (ahead.count > 0) {
       feed.issue(buffer);

@@ -38,6 +38,7 @@ struct RowMajor {
 LLMQAT_KERNEL(kThreads)
 repack_weight_kernel(RowMajor from, bool nibbles, int64_t bytes, uint8_t* __restrict__ out,
                      int32_t* misfit) {
+  take_turn();
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kLoadBytes;
   if (first > bytes) return;
   if (first == bytes) {

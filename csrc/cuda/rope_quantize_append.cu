@@ -134,6 +134,7 @@ LLMQAT_DEVICE uint32_t largest_magnitude(uint32_t largest, const Vec<T, kN>& x) 
 template <class T, int kN, bool kAligned>
 LLMQAT_KERNEL(kMaxAppendThreads)
 append_tokens_kernel(AppendArgs args) {
+  take_turn();
   const int64_t token = blockIdx.x;
   if (blockIdx.y >= 2) {
     const int64_t head = (blockIdx.y - 2) * (blockDim.x / 32) + threadIdx.x / 32;
@@ -205,6 +206,7 @@ LLMQAT_DEVICE void store_cached(void* x, int storage, int64_t i, float v) {
 template <class T>
 LLMQAT_KERNEL(32 * kHeadsPerBlock)
 append_heads_kernel(AppendArgs args) {
+  take_turn();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kHeadsPerBlock + threadIdx.y;
   const int64_t rows = args.p.n * args.cache.heads;
   if (row >= rows) return;  // whole warps

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulator.memory import guarded_pages
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
 HEADERS = ROOT / "tests" / "emulator" / "standard_library.h"
@@ -65,6 +67,12 @@ class Kernels(ctypes.CDLL):
             raise EmulatorError(message)
         return result
 
+    def hide_memory(self, hide: bool = True) -> None:
+        """From now on guarded tensors cannot be touched by a block until all its threads have
+        waited for the launches before it (``griddepcontrol_wait``).
+        """
+        ctypes.CDLL.__getitem__(self, "emulator_hide")(_list_hidden if hide else None)
+
     def take_launches(self) -> int:
         """How many grids were begun since the last call."""
         return ctypes.CDLL.__getitem__(self, "emulator_take_launches")()
@@ -72,6 +80,15 @@ class Kernels(ctypes.CDLL):
     def use_schedule(self, name: str, seed: int = 1) -> None:
         """The order of threads and blocks from now on, one of ``SCHEDULES``."""
         self._set_schedule(SCHEDULES.index(name), seed)
+
+
+@ctypes.CFUNCTYPE(ctypes.c_void_p)
+def _list_hidden():
+    """For the emulator: pairs of address and bytes, ended by a 0."""
+    global _hidden
+    numbers = [number for pages in guarded_pages() for number in pages]
+    _hidden = (ctypes.c_uint64 * (len(numbers) + 1))(*numbers, 0)
+    return ctypes.addressof(_hidden)
 
 
 @functools.cache

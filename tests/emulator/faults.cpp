@@ -7,9 +7,18 @@ using namespace llmqat;
 
 namespace {
 
+// A kernel that runs `body` in its turn.
+template <class F>
+auto in_turn(F body) {
+  return [=] {
+    take_turn();
+    body();
+  };
+}
+
 template <class F>
 int one_block(unsigned threads, size_t shared_bytes, F body) {
-  LLMQAT_LAUNCH_SHARED(body, 1, threads, shared_bytes, nullptr);
+  LLMQAT_LAUNCH_SHARED(in_turn(body), 1, threads, shared_bytes, nullptr);
   return cudaGetLastError();
 }
 
@@ -34,7 +43,7 @@ int trace(unsigned blocks, unsigned threads, int32_t* out) {
     mark();
     sync_block();
   };
-  LLMQAT_LAUNCH(body, blocks, threads, nullptr);
+  LLMQAT_LAUNCH(in_turn(body), blocks, threads, nullptr);
   return cudaGetLastError();
 }
 
@@ -49,7 +58,7 @@ int fresh_shared(unsigned blocks, size_t bytes, unsigned char* out) {
     std::memset(shared, 1, bytes);
     std::memset(small, 1, 16);
   };
-  LLMQAT_LAUNCH_SHARED(body, blocks, 1, bytes, nullptr);
+  LLMQAT_LAUNCH_SHARED(in_turn(body), blocks, 1, bytes, nullptr);
   return cudaGetLastError();
 }
 
@@ -213,7 +222,22 @@ int read_at(const volatile unsigned char* p) {
       static_cast<void>(*p);
     }
   };
-  LLMQAT_LAUNCH(body, dim3(4, 2), dim3(2, 3), nullptr);
+  LLMQAT_LAUNCH(in_turn(body), dim3(4, 2), dim3(2, 3), nullptr);
+  return cudaGetLastError();
+}
+
+// Bits of `late`: each thread reads before it waits, the last one ends without waiting, the first
+// one waits after a barrier.
+int turns(int late, const volatile unsigned char* p) {
+  const auto body = [&] {
+    if ((late & 1) != 0) static_cast<void>(*p);
+    if ((late & 2) != 0 && threadIdx.x == 63) return;
+    if ((late & 4) != 0 && threadIdx.x == 0) sync_block();
+    take_turn();
+    static_cast<void>(*p);
+    if ((late & 4) == 0 || threadIdx.x != 0) sync_block();
+  };
+  LLMQAT_LAUNCH(body, 2, 64, nullptr);
   return cudaGetLastError();
 }
 

@@ -25,6 +25,7 @@ LLMQAT_DEVICE uint32_t as_word(float v) {
 #define PROBE(name, ...)                                                                  \
   namespace llmqat {                                                                      \
   LLMQAT_KERNEL(32) name##_kernel(const uint32_t* in, uint32_t* out) {                    \
+    take_turn();                                                                          \
     uint32_t x[16], y[8] = {};                                                            \
     for (int i = 0; i < 16; ++i) x[i] = in[threadIdx.x * 16 + i];                         \
     [[maybe_unused]] const uint32_t a[4] = {x[0], x[1], x[2], x[3]}, b[2] = {x[4], x[5]}; \
@@ -43,7 +44,7 @@ LLMQAT_DEVICE uint32_t as_word(float v) {
         mma_##name(acc, a, b); for (int i = 0; i < 4; ++i) y[i] = to(acc[i]);)
 
 MMA(m16n8k32_s8, int32_t, static_cast<int32_t>, static_cast<uint32_t>)
-#if LLMQAT_HAS_INT4_MMA
+#if LLMQAT_HAS_INT4_MMA && !defined(LLMQAT_NO_INT4_PROBE)  // nvcc's host pass has no architecture
 MMA(m16n8k64_s4, int32_t, static_cast<int32_t>, static_cast<uint32_t>)
 #endif
 MMA(m16n8k16_f16, float, as_float, as_word)
@@ -73,7 +74,8 @@ PROBE(probe_cp_async, LLMQAT_DYNAMIC_SHARED(shared); const unsigned lane = threa
       cp_async_wait<0>(); sync_block();
       const Word4 second = load_16(shared + 512 + (lane ^ 1) * 16);
       for (int i = 0; i < 4; ++i) y[i] = first.v[i], y[4 + i] = second.v[i];)
-PROBE(probe_load, const Word4 w = load_streaming_16(in + (threadIdx.x ^ 3) * 16);
+PROBE(probe_load, prefetch_l2(in);
+      const Word4 w = load_streaming_16(in + (threadIdx.x ^ 3) * 16);
       const Word4 v = load_16(in + threadIdx.x * 16 + 8);
       for (int i = 0; i < 4; ++i) y[i] = w.v[i], y[4 + i] = v.v[i];)
 // out[0..5] of lane 0 start at 0; every lane returns what it saw.

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import weakref
 from dataclasses import dataclass
 from math import prod
 
@@ -12,6 +13,9 @@ CANARY = 0xC5
 POISON = 0xFF  # NaN in every float format, -1 in every code
 MARGIN = 256  # bytes of canary before a tensor, at least
 ALIGN = 16  # of a tensor's address, as of torch's own
+
+_GUARDED: weakref.WeakKeyDictionary[mmap.mmap, tuple[int, int]] = weakref.WeakKeyDictionary()
+"""The pages of every guarded tensor that is alive: address and bytes."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -40,6 +44,11 @@ class Guarded:
         return self.tensor.data_ptr()
 
 
+def guarded_pages() -> list[tuple[int, int]]:
+    """Address and bytes of the pages of every guarded tensor that is alive."""
+    return list(_GUARDED.values())
+
+
 def guard(tensor: Tensor) -> Guarded:
     """A contiguous copy of ``tensor`` on guarded pages."""
     result = poisoned(tensor.shape, tensor.dtype)
@@ -57,6 +66,7 @@ def poisoned(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Guarded
     end = pages * page
     if _libc.mprotect(everything.data_ptr() + end, page, 0) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")
+    _GUARDED[memory] = (everything.data_ptr(), end)
     start = (end - size) // ALIGN * ALIGN
     everything[:start].fill_(CANARY)
     everything[start : start + size].fill_(POISON)

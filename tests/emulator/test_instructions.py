@@ -44,6 +44,7 @@ def compiled(tmp_path_factory):
     major, minor = torch.cuda.get_device_capability()
     output = tmp_path_factory.mktemp("device") / "instructions.so"
     flags = f"-std=c++20 -shared -Xcompiler -fPIC -arch=sm_{major}{minor} -Icsrc -Icsrc/include"
+    flags += " -DLLMQAT_NO_INT4_PROBE" if major >= 9 else ""
     subprocess.run(["nvcc", *flags.split(), SOURCE, "-o", output], cwd=ROOT, check=True)
     return ctypes.CDLL(str(output))
 

@@ -9,9 +9,9 @@ import torch
 from llmqat_kernels.spec import int4, linear
 from llmqat_kernels.testing import assert_same_bits, generator
 from tests.emulator.build import SCHEDULES, compile_kernel
+from tests.emulator.memory import guard, poisoned
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-GUARD = 64
 SMS = 2  # a small device, so that small shapes have several tiles and are not always split
 
 pytestmark = pytest.mark.emulator
@@ -48,26 +48,17 @@ def codes(bits, *shape, seed):
     return random.to(torch.int8)
 
 
-def guarded(tensor):
-    """A copy with NaN or 85 on both sides, so that a read beyond the end changes the result."""
-    if tensor is None:
-        return None, None
-    fill = float("nan") if tensor.is_floating_point() else 85
-    base = torch.full((tensor.numel() + 2 * GUARD,), fill, dtype=tensor.dtype)
-    base[GUARD : GUARD + tensor.numel()] = tensor.reshape(-1)
-    return base, base.data_ptr() + GUARD * tensor.element_size()
-
-
 def multiply(library, a, a_scale, w, multiplier, w_scale, bias, group_size, dtype, splits=None):
-    """Run the launcher as the binding does; every operand lies between guard bands.
+    """Run the launcher as the binding does; every operand lies on guarded pages.
 
     Returns y and the problem, with the plan in it; ``splits`` overrides the plan's.
     """
     m, n, k = a.shape[0], w.shape[0], multiplier.shape[1] * group_size
-    y = torch.full((m * n + 2 * GUARD,), -7.0, dtype=dtype)
-    kept = [guarded(t) for t in (a, a_scale, w, multiplier, w_scale, bias)]
+    operands = (a, a_scale, w, multiplier, w_scale, bias)
+    kept = [None if t is None else guard(t) for t in operands]
+    y = poisoned((m, n), dtype)
     problem = Problem(
-        *(at for _, at in kept), y.data_ptr() + GUARD * y.element_size(), None, None,
+        *(held and held.pointer for held in kept), y.pointer, None, None,
         m, n, k, group_size, DTYPES[dtype], DTYPES[bias.dtype] if bias is not None else 0,
         a.dtype == torch.uint8, w.dtype == torch.uint8, 0, 1,
     )  # fmt: skip
@@ -77,14 +68,13 @@ def multiply(library, a, a_scale, w, multiplier, w_scale, bias, group_size, dtyp
     problem.token_tile, problem.splits = plan[0], splits or plan[1]
     tile = problem.token_tile * (64 if problem.token_tile == 8 else 128)
     words = plan[2] * problem.splits * tile if problem.splits > 1 else 0
-    workspace = torch.full((words + 2 * GUARD,), -5, dtype=torch.int32)
-    tickets = torch.zeros(plan[2] + 2 * GUARD, dtype=torch.int32)
-    problem.workspace = workspace.data_ptr() + 4 * GUARD
-    problem.tickets = tickets.data_ptr() + 4 * GUARD
+    workspace = poisoned((words,), torch.int32)
+    tickets = guard(torch.zeros(plan[2], dtype=torch.int32))
+    problem.workspace, problem.tickets = workspace.pointer, tickets.pointer
     assert library.llmqat_cuda_int4_linear(ctypes.byref(problem), None) == 0
-    for band, value in ((y, -7.0), (workspace, -5), (tickets, 0)):
-        assert (band[:GUARD] == value).all() and (band[len(band) - GUARD :] == value).all()
-    return y[GUARD : GUARD + m * n].view(m, n), problem
+    for held in (workspace, tickets, *filter(None, kept)):
+        held.check()
+    return y.check(), problem
 
 
 def check(library, m, n, k, group_size, a_bits=4, dtype=torch.bfloat16, bias=None, **options):

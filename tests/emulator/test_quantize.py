@@ -7,9 +7,9 @@ import torch
 
 from llmqat_kernels.spec import quantize as spec
 from tests.emulator.build import SCHEDULES, compile_kernel
+from tests.emulator.memory import guard, poisoned
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-GUARD = 64
 # One warp a row (with tail rows in the last block); many warps; vectors and single values; rows
 # wider than what the threads hold in registers.
 SHAPES = [(1, 1), (5, 7), (6, 64), (2, 1000), (2, 2048), (1, 9000)]
@@ -27,26 +27,28 @@ def kernel():
 
 
 def quantize(library, x, bits, bf16_scale):
-    """Run the launcher on x[rows, columns] of dense rows; outputs lie between guard bands."""
+    """Run the launcher on x[rows, columns] of dense rows, all on guarded pages; an ``x`` at an
+    unaligned address stays there.
+    """
     rows, columns = x.shape
-    codes = torch.full((x.numel() + 2 * GUARD,), 85, dtype=torch.int8)
-    scale = torch.full((rows + 2 * GUARD,), -7.0)
+    span = (rows - 1) * x.stride(0) + columns if x.numel() else 0
+    source = guard(x.as_strided((span,), (1,)))
+    codes, scale = poisoned(x.shape, torch.int8), poisoned((rows,), torch.float32)
     error = library.llmqat_cuda_quantize(
-        x.data_ptr(),
+        x.data_ptr() if x.data_ptr() % 16 else source.pointer,
         DTYPES[x.dtype],
         rows,
         columns,
         x.stride(0),
         bits,
         bf16_scale,
-        codes.data_ptr() + GUARD,
-        scale.data_ptr() + 4 * GUARD,
+        codes.pointer,
+        scale.pointer,
         None,
     )
     assert error == 0
-    for guarded, value in ((codes, 85), (scale, -7.0)):
-        assert (guarded[:GUARD] == value).all() and (guarded[-GUARD:] == value).all()
-    return codes[GUARD:-GUARD].view(x.shape), scale[GUARD:-GUARD]
+    source.check()
+    return codes.check(), scale.check()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

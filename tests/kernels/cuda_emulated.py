@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,11 +29,18 @@ _pointer, _long, _int, _flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ct
 
 
 _LOADED: dict[str, Kernels] = {}
+_hidden = False
+
+
+def _library(name: str) -> Kernels:
+    """A kernel's library with the types of its arguments."""
+    library = _loaded(name)
+    library.hide_memory(_hidden)
+    return library
 
 
 @functools.cache
-def _library(name: str) -> Kernels:
-    """A kernel's library with the types of its arguments."""
+def _loaded(name: str) -> Kernels:
     library = compile_kernel(name, ARCHS.get(name, 80))
     if name == "quantize":
         inputs = [_pointer, _int, _long, _long, _long, _int, _flag]
@@ -56,6 +64,19 @@ def _library(name: str) -> Kernels:
 def take_launches() -> int:
     """How many kernels the calls since the last one of this function have started."""
     return sum(library.take_launches() for library in _LOADED.values())
+
+
+@contextmanager
+def hidden_memory() -> Iterator[None]:
+    """Within it a kernel that touches a guarded tensor out of turn is an error."""
+    global _hidden
+    _hidden = True
+    try:
+        yield
+    finally:
+        _hidden = False
+        for library in _LOADED.values():
+            library.hide_memory(False)
 
 
 def _quantize(x, bits, group_size=-1, bf16_scale=False):

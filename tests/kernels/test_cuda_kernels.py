@@ -1,5 +1,8 @@
 """The CUDA C++ kernels of the native library on a device, against the reference on the CPU."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -147,6 +150,20 @@ def test_float_activations_are_refused_where_there_is_no_kernel():
     ):
         with pytest.raises(RuntimeError, match=match):
             torch.ops.llmqat_cuda.repacked_linear(*args)
+
+
+@pytest.mark.gpu
+@on_device
+def test_overlapping_launches_give_the_same_bits():
+    """The switch is read once, so in a process of its own; by streams and by graphs."""
+    if not operators() or "LLMQAT_PDL" in os.environ:
+        pytest.skip("the native library was built without nvcc, or this is that process")
+    chosen = "equals_the_reference or replay_in_a_graph"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen, __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"LLMQAT_PDL": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 @pytest.mark.gpu

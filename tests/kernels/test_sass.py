@@ -173,6 +173,7 @@ def test_names():
 
 # ---- gates ----
 
+HOPPER = {"arch": 90, "waits": 1}
 GOOD = Figures("gemm.cu", "gemm_kernel<8>", 80, wide_loads=2, loop={"IMMA": 4, "LOP3": 4})
 PROMISE = Expected("IMMA", True, {80: 1.0, 90: 1.0})
 
@@ -183,7 +184,7 @@ def promised(monkeypatch):
 
 
 def test_good_figures_pass(promised):
-    assert sass_gates.failures([GOOD, replace(GOOD, arch=90)]) == []
+    assert sass_gates.failures([GOOD, replace(GOOD, **HOPPER)]) == []
 
 
 @pytest.mark.parametrize(
@@ -201,15 +202,21 @@ def test_good_figures_pass(promised):
         ("mma", {"loop": {"LDG.128": 2}}),
         ("wide_loads", {"wide_loads": 0}),
         ("unpack", {"loop": GOOD.loop | {"PRMT": 1}}),
+        ("wait", {"early": 1, "waits": 1}),
         ("source", {"source": ""}),
         ("promise", {"name": "another_kernel"}),
     ],
 )
 def test_each_gate_fails_on_what_it_is_for(promised, gate, changes):
-    pair = [replace(GOOD, **changes), replace(GOOD, **changes, arch=90)]
+    pair = [replace(GOOD, **changes), replace(GOOD, **HOPPER | changes)]
     found = sass_gates.failures(pair)
     assert found and all(f" {gate}: " in line for line in found)
     assert len(found) == (1 if gate == "int4_mma" else 2)  # sm_80 has them
+
+
+def test_a_kernel_that_never_waits(promised):
+    said = "gemm.cu gemm_kernel<8> sm_90: wait: no wait for the launches before its own"
+    assert sass_gates.failures([GOOD, replace(GOOD, arch=90)]) == [said]
 
 
 def test_a_missing_architecture(promised):
@@ -218,7 +225,8 @@ def test_a_missing_architecture(promised):
 
 def test_float_kernels_may_approximate(monkeypatch):
     monkeypatch.setattr(sass_gates, "EXPECTED", ((".*", Expected(float_math=True)),))
-    pair = [replace(GOOD, arch=arch, approx=3, fma=9) for arch in (80, 90)]
+    good = replace(GOOD, approx=3, fma=9)
+    pair = [good, replace(good, **HOPPER)]
     assert sass_gates.failures(pair) == []
 
 

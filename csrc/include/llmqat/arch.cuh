@@ -7,6 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
 
 namespace llmqat {
 
@@ -36,14 +39,9 @@ struct alignas(16) Word4 {
 
 // A kernel whose name holds a comma goes in parentheses. Errors are read by cudaGetLastError.
 #define LLMQAT_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define LLMQAT_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...)                 \
-  do {                                                                                       \
-    const size_t llmqat_bytes = (shared_bytes);                                              \
-    if (::llmqat::allow_shared(reinterpret_cast<const void*>(kernel), llmqat_bytes)) {       \
-      kernel<<<grid, block, llmqat_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    }                                                                                        \
-  } while (false)
+  ::llmqat::launch_kernel(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define LLMQAT_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
+  ::llmqat::launch_kernel(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 // Blocks of a kernel that fit on one SM of the current device at the same time; 0 if none does.
 #define LLMQAT_RESIDENT_BLOCKS(kernel, threads, shared_bytes) \
@@ -73,6 +71,37 @@ inline int resident_blocks(const void* kernel, int threads, size_t shared_bytes)
   if (!allow_shared(kernel, shared_bytes)) return 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes);
   return blocks;
+}
+
+// Whether kernels may start before the one before them in the stream has ended: asked for, and the
+// current device can (docs/runtime.md).
+inline bool overlaps_launches() {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("LLMQAT_PDL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  int device = 0, major = 0;
+  return wanted && cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 9;
+}
+
+// Every launch of this library.
+template <class... P>
+void launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                   std::type_identity_t<P>... args) {
+  if (!allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes)) return;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = overlaps_launches() ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, args...);
 }
 
 // ---- memory ----
@@ -127,6 +156,33 @@ LLMQAT_DEVICE void reduce_add_s32(int32_t* global, int32_t v) {
 
 // Orders this thread's writes before its later ones for the whole device.
 LLMQAT_DEVICE void thread_fence() { __threadfence(); }
+
+// A hint: the 128 bytes around p will be read. L2 is where writes meet, so that it may come before
+// griddepcontrol_wait, whoever writes there. Nothing below sm_90, which has nothing to wait for.
+LLMQAT_DEVICE void prefetch_l2([[maybe_unused]] const void* p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+#endif
+}
+
+// ---- launches ----
+
+// From here on the next kernel of the stream may start, once every block came here or ended. It
+// will have to wait for this one before it touches memory.
+LLMQAT_DEVICE void griddepcontrol_launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Until the kernels before this one in the stream have ended and what they wrote is there. Every
+// thread of every kernel comes here, before it reads or writes global memory: a kernel that ended
+// without would let its successor run beside its predecessor.
+LLMQAT_DEVICE void griddepcontrol_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---- threads ----
 
@@ -303,3 +359,13 @@ LLMQAT_DEVICE float exp2_approx(float v) {
 }  // namespace llmqat
 
 #endif
+
+namespace llmqat {
+
+// How a kernel begins that can do nothing useful before its turn.
+LLMQAT_DEVICE void take_turn() {
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+}
+
+}  // namespace llmqat

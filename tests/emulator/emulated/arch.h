@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #include "memory.h"
+#include "overlap.h"
 #include "registers.h"
 #include "tensor_cores.h"
 #include "warp.h"

@@ -17,6 +17,7 @@
 
 #include "context.h"
 #include "cuda_types.h"
+#include "hidden_memory.h"
 #include "shared_memory.h"
 
 namespace llmqat::emulated {
@@ -44,7 +45,7 @@ struct Stop {  // what a fiber waits for
   }
 };
 
-enum class State { ready, barrier, collective, done };
+enum class State { ready, launch, barrier, collective, done };
 
 struct Copy {  // one cp.async on its way
   unsigned char* shared;
@@ -62,6 +63,7 @@ struct Fiber {
   std::vector<Copy> copies;  // in order of issue
   size_t landed = 0;         // of copies
   int64_t groups = 0;        // committed
+  bool waited = false;       // for the launches before this one
 };
 
 struct Warp {
@@ -74,6 +76,7 @@ struct Block {
   std::vector<Warp> warps;
   unsigned threads = 0;
   unsigned at_barrier = 0;
+  unsigned at_wait = 0;
   unsigned done = 0;
   Context scheduler;
   Fiber* current = nullptr;
@@ -121,6 +124,7 @@ inline void enter() {
   Context::entered(block.scheduler);
   (*block.body)();
   Fiber& f = *block.current;
+  if (!f.waited) fail("a thread that never waits for the launches before its own");
   if (f.landed != f.copies.size()) fail("cp.async that was never waited for");
   f.state = State::done;
   ++block.done;
@@ -137,7 +141,7 @@ inline void resume(Fiber& f) {
 inline void start_fibers() {
   const dim3 size = blockDim;
   block.threads = size.x * size.y * size.z;
-  block.at_barrier = block.done = 0;
+  block.at_barrier = block.at_wait = block.done = 0;
   if (block.fibers.size() < block.threads) block.fibers.resize(block.threads);
   block.warps.assign((block.threads + kLanes - 1) / kLanes, Warp{});
   for (unsigned i = 0; i < block.threads; ++i) {
@@ -148,6 +152,7 @@ inline void start_fibers() {
     f.copies.clear();
     f.landed = 0;
     f.groups = 0;
+    f.waited = false;
     f.context.start(enter);
   }
 }
@@ -191,6 +196,12 @@ inline bool run_once(const std::vector<unsigned>& threads, size_t first, size_t 
 // Says what each kind of waiting thread waits for.
 inline void report_deadlock() {
   const auto end = block.fibers.begin() + block.threads;
+  if (hidden.is_hidden) {
+    const auto late = std::find_if(block.fibers.begin(), end,
+                                   [](const Fiber& f) { return f.state != State::launch; });
+    return set_error("griddepcontrol_wait that some threads come to too late: at " +
+                     text(late->stop) + " in " + text(*late));
+  }
   const auto stuck = std::find_if(block.fibers.begin(), end,
                                   [](const Fiber& f) { return f.state == State::collective; });
   if (stuck != end) {
@@ -217,6 +228,7 @@ inline void report_deadlock() {
 // One block from start to end, or to an error.
 inline void run_block() {
   start_fibers();
+  hidden.hide();
   std::vector<unsigned> threads(block.threads);
   const bool by_warp = schedule == greedy || schedule == lagging;
   const size_t step = by_warp ? kLanes : block.threads;

@@ -33,6 +33,8 @@ inline void on_fault(int signal, siginfo_t* info, void*) {
     what = "undefined behaviour (alignment, bounds, shift or signed overflow)";
   } else if (signal == SIGFPE) {
     what = "an integer division by zero";
+  } else if (hidden.holds(info->si_addr)) {
+    what = "global memory before griddepcontrol_wait";
   } else if (dynamic_shared.is_near(info->si_addr)) {
     what = "an access outside shared memory";
   } else {
@@ -97,6 +99,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
   dynamic_shared.resize(shared_bytes);
   std::vector<unsigned> blocks(static_cast<size_t>(grid.x) * grid.y * grid.z);
   order(blocks);
+  hidden.refresh();
   {
     const CatchFaults faults;
     if (sigsetjmp(after_fault, 1) == 0) {
@@ -108,6 +111,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::functio
       }
     }
   }
+  hidden.show();
   block.current = nullptr;
   if (!error.empty()) last_error = cudaErrorLaunchFailure;
 }
@@ -135,6 +139,12 @@ __attribute__((used, visibility("default"))) inline const char* emulator_take_er
   taken = llmqat::emulated::error;
   llmqat::emulated::error.clear();
   return taken.c_str();
+}
+
+// Whose memory kernels may not touch before they have waited; null: nobody's.
+__attribute__((used, visibility("default"))) inline void emulator_hide(
+    llmqat::emulated::HiddenMemory::List list) {
+  llmqat::emulated::hidden.list = list;
 }
 
 // How many grids were begun since the last call.

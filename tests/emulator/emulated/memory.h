@@ -68,7 +68,7 @@ inline void cp_async_16(void* shared, const void* global, bool valid,
   check_aligned(shared, sizeof(Word4), "cp_async_16", site);
   check_aligned(global, sizeof(Word4), "cp_async_16", site);
   check_shared(shared, sizeof(Word4), "cp_async_16", site);
-  check_global(global, "cp_async_16", site);
+  if (valid) check_global(global, "cp_async_16", site);
   Fiber& f = *block.current;
   Copy copy{static_cast<unsigned char*>(shared), {}, f.groups};
   if (valid) std::memcpy(copy.data, global, sizeof copy.data);

@@ -28,6 +28,7 @@ GROUPS = ("test_int4_linear.py", "equal_spec and 80-8-65-1280-64-4 or test_sched
 GROUPS_90 = ("test_int4_linear.py", "equal_spec and 90-8-65-1280-64-4")
 PLAIN = ("test_int4_linear.py", "any_layout and 80-3")
 STRIDES = ("test_rope_quantize_append.py", "strides_change and 4 and dtype1")
+TURN = "touch_memory and "
 ON_THE_WAY = ("test_rope_quantize_append.py", "queries_on_the_way and 8 and dtype1")
 QUERIES = ("test_attention_decode.py", "strides_of_the_queries and 8 and paper")
 APPEND = ("test_rope_quantize_append.py", "every_schedule and (forward or lagging) or outside")
@@ -373,6 +374,35 @@ BUGS = (
         "x += r * row_stride;",
         "x += r * columns;",
         ("test_quantize.py", "rows_apart and 64-96"),
+    ),
+    # ---- launches that overlap ----
+    Bug(
+        "quantize: never waits for the launch before",
+        "csrc/cuda/quantize.cu",
+        "take_turn();",
+        "griddepcontrol_launch_dependents();",
+        ("test_quantize.py", "unaligned"),
+    ),
+    Bug(
+        "append: places read before its turn",
+        ROPE_APPEND,
+        "  take_turn();\n  const int64_t token = blockIdx.x;\n",
+        "  const int64_t token = blockIdx.x;\n  append_place(args, token);\n  take_turn();\n",
+        ("test_overlap.py", TURN + "append_queries"),
+    ),
+    Bug(
+        "linears: weights read before their turn",
+        INTEGER_LINEAR,
+        "  weights.prefetch_and_wait(lane);\n",
+        "  weights.load(0);\n  weights.prefetch_and_wait(lane);\n",
+        ("test_overlap.py", TURN + "repacked_matmul_add"),
+    ),
+    Bug(
+        "attention: ranges of the queries before their turn",
+        ATTENTION_DECODE,
+        "  take_turn();\n",
+        "  query_range(args, blockIdx.x);\n  take_turn();\n",
+        ("test_overlap.py", TURN + "attention_decode_quantize"),
     ),
     Bug(
         "append: 32-bit offset of a row",
