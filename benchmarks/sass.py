@@ -24,11 +24,13 @@ _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _INSTRUCTION = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+\{?\s*(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*([^;]*);"
 )
+_CONTROL = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _BODY = "        /*"
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 _SOURCE = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}")
 MMA = ("IMMA", "HMMA", "IGMMA", "HGMMA", "BMMA", "DMMA")
 """Instructions of the tensor cores."""
+SCOREBOARDS = 6
 _ENDS = frozenset({"EXIT", "RET", "BRX", "JMX", "KILL"})
 """Instructions after which nothing of the same kernel is known to run, unless predicated."""
 
@@ -39,12 +41,17 @@ class MissingTool(RuntimeError):
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; ``opcode`` with its modifiers, ``IMMA.16832.S8.S8``."""
+    """One instruction; ``opcode`` with its modifiers, ``IMMA.16832.S8.S8``.
+
+    ``scoreboard`` counts until its result is there; it begins when those of ``waits`` are at 0.
+    """
 
     address: int
     predicate: str
     opcode: str
     operands: str
+    scoreboard: int | None = None
+    waits: frozenset[int] = frozenset()
 
     @cached_property
     def kind(self) -> str:
@@ -132,6 +139,20 @@ class Kernel:
 def count(code: Sequence[Instruction], *kinds: str) -> int:
     """Instructions of these kinds."""
     return sum(i.kind in kinds for i in code)
+
+
+def under_way(loop: Sequence[Instruction]) -> list[int]:
+    """For each global load of a loop, the MMAs between it and the first wait for its scoreboard,
+    in the order of addresses, from the end on to the beginning.
+    """
+    found = []
+    for index, load in enumerate(loop):
+        if load.opcode.split(".")[0] != "LDG" or load.scoreboard is None:
+            continue
+        after = [*loop[index + 1 :], *loop[: index + 1]]
+        end = next((k for k, i in enumerate(after) if load.scoreboard in i.waits), len(after))
+        found.append(count(after[:end], *MMA))
+    return found
 
 
 def mix(code: Sequence[Instruction]) -> dict[str, int]:
@@ -345,9 +366,20 @@ def _sections(lines: Sequence[str]) -> Iterator[tuple[int, str, list[str]]]:
 
 def parse_code(lines: Sequence[str]) -> tuple[Instruction, ...]:
     """The instructions among the lines of a disassembly."""
-    found = (_INSTRUCTION.match(line) for line in lines)
-    code = [Instruction(int(m[1], 16), m[2] or "", m[3], m[4].strip()) for m in found if m]
+    code = list[Instruction]()
+    for line in lines:
+        if m := _INSTRUCTION.match(line):
+            code.append(Instruction(int(m[1], 16), m[2] or "", m[3], m[4].strip()))
+        elif code and (m := _CONTROL.match(line)):
+            code[-1] = _with_control(code[-1], int(m[1], 16))
     return _jumps_as_branches(code)
+
+
+def _with_control(i: Instruction, high: int) -> Instruction:
+    """With the scoreboards in the upper half of its encoding (sm_70 and later)."""
+    own = high >> 46 & 7
+    waits = frozenset(n for n in range(SCOREBOARDS) if high >> 52 + n & 1)
+    return replace(i, scoreboard=own if own < SCOREBOARDS else None, waits=waits)
 
 
 def kernels(path: Path) -> list[Kernel]:

@@ -101,6 +101,8 @@ def figures(kernel: sass.Kernel, ptx: str) -> Figures:
     """What the gates need of a kernel; ``ptx`` is its text, or empty where there is none."""
     opcodes = [i.opcode.split(".") for i in kernel.code]
     in_ptx = {name: len(re.findall(pattern, ptx)) for name, pattern in FAST_MATH.items()}
+    around = kernel.around_hot_loop if sass.count(kernel.hot_loop, *sass.MMA) else ()
+    under_way = sass.under_way(around)
     int4 = sum("MMA" in parts[0] and any(p in ("S4", "U4") for p in parts) for parts in opcodes)
     return Figures(
         source=kernel.source,
@@ -120,6 +122,8 @@ def figures(kernel: sass.Kernel, ptx: str) -> Figures:
         wide_loads=sass.count(kernel.around_hot_loop, *WIDE_LOADS),
         waits=sum(i.opcode == "ACQBULK" for i in kernel.code),
         early=sum(i.opcode.split(".")[0] in GLOBAL for i in kernel.before("ACQBULK")),
+        loads=len(under_way),
+        covered=sum(4 * n >= sass.count(around, *sass.MMA) for n in under_way),
         loop=sass.mix(kernel.hot_loop),
     )
 
@@ -181,7 +185,8 @@ def page(kernels: Sequence[Figures], nvcc: str) -> str:
         "*shared*: static bytes of a block. *loop*: instructions that each round of the hot loop",
         "executes: the one with the most MMAs, else the longest innermost one. *unpack*: its LOP3,",
         "PRMT, SHF and I2F for each MMA. *wide loads*: 16 bytes a thread from global memory",
-        "(LDG.128, LDGSTS.128) in it and the loops around it.",
+        "(LDG.128, LDGSTS.128) in it and the loops around it. A load is *under way over MMAs* if a",
+        "quarter of the MMAs of these loops follow before the first wait for its scoreboard.",
         "",
         "Everywhere: no stack, no spills, no call in the hot loop, no flushed subnormals, no TF32,",
         "no 4-bit MMA on sm_90, code for both architectures; on sm_90 no access of global memory",
@@ -204,6 +209,7 @@ def _cell(text: str) -> str:
 def _promise(p: Expected) -> str:
     said = [f"{p.mma} in the hot loop"] if p.mma else []
     said += ["loads of 16 bytes"] if p.wide else []
+    said += [f"{p.covered:.0%} of the loads under way over MMAs"] if p.covered else []
     said += [f"unpack at most {n:g} on sm_{arch}" for arch, n in p.unpack.items()]
     said += ["float arithmetic by the 2x rule: FMA and ex2.approx allowed"] if p.float_math else []
     return "; ".join(said) or "-"

@@ -104,7 +104,11 @@ LlmqatKvCache checked_cache(const Tensor& x, const Tensor& k_codes, const Tensor
 
 // x [n, heads, D] as a kernel reads it: a view whose last dimension is dense stays as it is.
 struct Heads {
-  explicit Heads(const Tensor& x) : tensor(x.stride(2) == 1 ? x : as_contiguous(x)) {}
+  // Rows at multiples of `multiple` values.
+  explicit Heads(const Tensor& x, int64_t multiple = 1)
+      : tensor(x.stride(2) == 1 && x.stride(0) % multiple == 0 && x.stride(1) % multiple == 0
+                   ? x
+                   : as_contiguous(x)) {}
 
   // A dimension of one has no stride to speak of: 0 breaks no alignment.
   LlmqatHeads view() const {
@@ -229,28 +233,33 @@ std::tuple<Tensor, Tensor, Tensor> attend(
   const Tensor cos = checked_table(cos_, q_, "cos"), sin = checked_table(sin_, q_, "sin");
   const LlmqatRopeTables tables{data<float>(cos), data<float>(sin),
                                 std::min(cos.size(0), sin.size(0))};
-  const Heads q(q_);
+  const Heads q(q_, 8);  // 16 bytes of fp16 and bf16, which the kernel on tensor cores loads
   const bool wanted = a_bits != 0;
   Tensor out = new_empty(q_, sizes_of(q_), q_.scalar_type());
   Tensor codes = new_empty(q_, {wanted ? n : 0, heads * dim}, ScalarType::Char);
   Tensor scale = new_empty(q_, {wanted ? n : 0}, ScalarType::Float);
   Tensor tickets = new_empty(q_, {wanted ? n : 0}, ScalarType::Int);
-  const int64_t bytes = attention_workspace_bytes(n, heads, dim, max_length);
+  int64_t sms = 0;
+  check_launch(llmqat_cuda_multiprocessors(&sms), "attention_decode");
+  LlmqatAttention problem{.q = q.view(),
+                          .slots = data<int64_t>(slots),
+                          .lengths = data<int64_t>(lengths),
+                          .out = out.mutable_data_ptr(),
+                          .codes = wanted ? mutable_data<int8_t>(codes) : nullptr,
+                          .codes_scale = wanted ? mutable_data<float>(scale) : nullptr,
+                          .workspace = nullptr,
+                          .tickets = static_cast<uint32_t*>(tickets.mutable_data_ptr()),
+                          .n = n,
+                          .heads = heads,
+                          .max_length = max_length,
+                          .sms = sms,
+                          .scaling = static_cast<float>(scaling),
+                          .dtype = dtype,
+                          .quantize_bits = static_cast<int>(a_bits),
+                          .plan = LLMQAT_ATTENTION_AUTO};
+  const int64_t bytes = llmqat_cuda_attention_workspace(&cache, &problem, &tables);
   Tensor workspace = new_empty(q_, {bytes / 4}, ScalarType::Float);
-  const LlmqatAttention problem{.q = q.view(),
-                                .slots = data<int64_t>(slots),
-                                .lengths = data<int64_t>(lengths),
-                                .out = out.mutable_data_ptr(),
-                                .codes = wanted ? mutable_data<int8_t>(codes) : nullptr,
-                                .codes_scale = wanted ? mutable_data<float>(scale) : nullptr,
-                                .workspace = mutable_data<float>(workspace),
-                                .tickets = static_cast<uint32_t*>(tickets.mutable_data_ptr()),
-                                .n = n,
-                                .heads = heads,
-                                .max_length = max_length,
-                                .scaling = static_cast<float>(scaling),
-                                .dtype = dtype,
-                                .quantize_bits = static_cast<int>(a_bits)};
+  problem.workspace = mutable_data<float>(workspace);
   check_launch(llmqat_cuda_attention_decode(&cache, &problem, &tables, current_cuda_stream(device)),
                "attention_decode");
   return {out, codes, scale};

@@ -78,13 +78,26 @@ PYBIND11_MODULE(_host, m) {
   m.attr("PAGE_TOKENS") = llmqat::kPageTokens;
   m.def("attention_splits", &llmqat::attention_splits, py::arg("max_length"),
         "Partial sums that so many tokens are cut into.");
-  m.def("attention_block_heads", &llmqat::attention_block_heads, py::arg("kv_heads"),
-        "KV heads of one CUDA block.");
+  m.def("attention_parts", &llmqat::attention_parts, py::arg("kv_heads"),
+        "Warps that share the tokens of a cached head in a split: the order of its sums.");
+  m.def(
+      "attention_plan",
+      [](int64_t queries, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t max_length,
+         bool rotates, int64_t sms) {
+        const llmqat::AttentionShape shape = {queries,  heads,      kv_heads,
+                                              head_dim, max_length, rotates};
+        const llmqat::AttentionPlan plan = llmqat::attention_plan(shape, sms);
+        return py::make_tuple(plan.heads, plan.pieces, llmqat::attention_blocks(shape, plan),
+                              llmqat::attention_workspace_bytes(shape, plan.pieces));
+      },
+      py::arg("queries"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
+      py::arg("max_length"), py::arg("rotates"), py::arg("sms"),
+      "(KV heads of a block, partial sums of a split, blocks, bytes of partial sums).");
   m.def("attention_uses_tensor_cores", &llmqat::attention_uses_tensor_cores,
         py::arg("half_queries"), py::arg("quantized"), py::arg("head_dim"), py::arg("aligned"),
         "Whether the tensor core kernel takes the problem.");
-  m.def("attention_workspace_bytes", &llmqat::attention_workspace_bytes, py::arg("queries"),
-        py::arg("heads"), py::arg("head_dim"), py::arg("max_length"), "Bytes of partial sums.");
+  m.def("attention_combine_lanes", &llmqat::attention_combine_lanes, py::arg("max_length"),
+        "Groups of splits that the last kernel adds at a time.");
   m.def("append_threads", &llmqat::append_threads, py::arg("values"), py::arg("vector"),
         "Threads of a block that writes one token's keys or values in `paper` mode.");
 

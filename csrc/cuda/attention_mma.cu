@@ -5,22 +5,23 @@
 //           and total = sum_t 2^(u_t - top) 2^-x_t. So no fp16 weight is above 2, whatever v_scale.
 // Shapes:   q [n, H, D]; cache and tables: kv_cache.h; partial sums: attention_args.cuh.
 // Dtypes:   codes, q and weights meet as fp16 (q after a power of two per head), sums in fp32.
-// Tiling:   a block is 256 tokens of 1, 2 or 4 cached heads for one query. A warp takes tiles of 16
-//           tokens for 8 query heads: up to 2 KiB of K and of V in registers, loaded a tile ahead.
+// Tiling:   a warp takes tiles of 16 tokens of one part of a split (256 tokens) of one cached head,
+//           for 8 query heads: up to 2 KiB of K and of V in registers, loaded a tile ahead. A block
+//           is all parts of 1, 2 or 4 heads, or one part of up to 8 (attention_plan).
 //           S[head, token] = q k: heads are the rows of the MMA, so that its result is the second
 //           operand of O^T[column, head] = V^T p as it stands. `paper`: cos and sin of the
-//           split in shared memory as fp16, shared by the block's heads, which rotate K in
+//           block's tokens in shared memory as fp16, shared by its heads, which rotate K in
 //           registers.
-// Cost:     memory: one read of codes and scales, 2 x (D + 2) x 4 bytes a head and split for the
-//           partial sums. docs/kernels/cuda_attention.md counts instructions.
+// Cost:     memory: one read of codes and scales, 2 x (D + 2) x 4 bytes a query head and block for
+//           the partial sums. docs/kernels/cuda_attention.md counts instructions.
 // Numerics: 2x rule. Codes exact; the rotation rounds twice in fp16, weights have 22 bits. The sums
-//           go by the tokens' places alone: batch, pages and schedule change no bit.
+//           go by the tokens' places alone: batch, pages, blocks and schedule change no bit.
 // Edges:    scores past the length are -inf by select and their weights 0; the rows read in their
 //           place are the last token's, whose codes are finite. NaN scales and queries give NaN.
 // Limits:   head_dim 64 or 128; groups of more than 8 query heads read the cache once per 8.
 // Tests:    tests/emulator/test_attention_decode.py
 // Bench:    python -m benchmarks.run --op attention_decode --device cuda
-#include "cuda/attention_tile.cuh"
+#include "cuda/attention_merge.cuh"
 
 namespace llmqat {
 namespace {
@@ -28,7 +29,7 @@ namespace {
 // s[c][0..1]: q . k of the lane's head and tokens 8 c + 2 * lane.column + {0, 1} of the tile.
 template <class T, bool kRotate>
 LLMQAT_DEVICE void multiply_keys(const Query& q, const Raw<T>& keys, const unsigned char* tables,
-                                 int first, int last, Lane lane, float (&s)[T::kColumns][2]) {
+                                 int last, Lane lane, float (&s)[T::kColumns][2]) {
   using Form = typename T::Form;
   float acc[T::kColumns][4];
 #pragma unroll
@@ -40,7 +41,7 @@ LLMQAT_DEVICE void multiply_keys(const Query& q, const Raw<T>& keys, const unsig
     ldmatrix_x4(a[1], q.row + (2 * step + 1) * kStepBytes);
 #pragma unroll
     for (int c = 0; c < T::kColumns; ++c) {
-      const int token = first + smaller(8 * c + lane.row, last);
+      const int token = smaller(8 * c + lane.row, last);
       Word4 table;
       if constexpr (kRotate) table = load_16(tables + table_offset<T>(token, step, lane.column));
 #pragma unroll
@@ -67,14 +68,6 @@ LLMQAT_DEVICE void multiply_keys(const Query& q, const Raw<T>& keys, const unsig
     s[c][1] = acc[c][1] * q.unit;
   }
 }
-
-// The sums of a warp so far: rows are columns of the head, columns are query heads.
-template <class T>
-struct Sums {
-  float o[T::kSteps][4];  // biased
-  // Of head lane.row; all but the maximum are the lane's own share.
-  float top, total, weight;
-};
 
 // Scores to weights; moves `top` and rescales the sums where a score is above it.
 template <class T>
@@ -150,159 +143,138 @@ LLMQAT_DEVICE void add_values(const Raw<T>& values, const float (&p)[T::kColumns
   }
 }
 
-// Adds the sums of the warps that share a head, in their order, and writes the partial sums.
-template <class T>
-LLMQAT_DEVICE void merge(const AttentionArgs& args, const Sums<T>& sums, int query, int split,
-                         int first_head, int first_row, int parts, Lane lane,
-                         unsigned char* shared) {
-  constexpr int kDim = T::kSteps * 16, kRows = kAttentionHeadRows;
-  float* const tops = reinterpret_cast<float*>(shared);  // [warp, row]
-  float* const totals = tops + kAttentionWarps * kRows;
-  float* const weights = totals + kAttentionWarps * kRows;
-  float* const values = weights + kAttentionWarps * kRows;  // [warp, row, column]
-  const int warp = static_cast<int>(threadIdx.x / 32), group = warp / parts * parts;
-  float total = sums.total + shuffle_xor(sums.total, 1);
-  float weight = sums.weight + shuffle_xor(sums.weight, 1);
-  total += shuffle_xor(total, 2);
-  weight += shuffle_xor(weight, 2);
-  sync_block();  // the tables are done with
-  if (lane.column == 0) {
-    tops[warp * kRows + lane.row] = sums.top;
-    totals[warp * kRows + lane.row] = total;
-    weights[warp * kRows + lane.row] = weight;
+// Where a warp is in its tokens: the tile's first token in the slot, the tokens of the split from
+// there on, and what the block has staged for them.
+struct Cursor {
+  int token, left;
+  const unsigned char* tables;
+  const TokenScale* scales;
+};
+
+// One tile, and the loads of the next one into next_keys (which may be keys) and next_values; false
+// after the last tile. `step`: from tile to tile of a warp in the split, `own` among the tokens
+// that the block has staged.
+template <class T, bool kRotate>
+LLMQAT_DEVICE bool attend_tile(const AttentionArgs& args, const Query& q, int64_t bytes, int slot,
+                               int step, int own, Lane lane, const Raw<T>& keys,
+                               const Raw<T>& values, Raw<T>& next_keys, Raw<T>& next_values,
+                               Cursor& at, Sums<T>& sums) {
+  const int last = smaller(at.left, kAttentionTileTokens) - 1;
+  at.token += step;
+  at.left -= step;
+  const auto load_next = [&] {
+    const TileRows rows = tile_rows<T>(args, bytes, slot, at.token, at.left);
+    load_keys<T>(rows, lane, next_keys);
+    load_values<T>(rows, lane, next_values);
+  };
+  if constexpr (T::kDeep) {
+    // All loads of a loop share one scoreboard: if the next tile's were issued first, a wait for
+    // this tile's would be one for them too. So wait here: gridDim.z - 1 is 0, which the compiler
+    // does not know.
+    const int zero = static_cast<int>(keys.w[0][0][0] & (gridDim.z - 1));
+    if (at.left + zero > 0) load_next();
   }
-  sync_block();
-  float share[2], bias[2];  // of the lane's two heads: the factor of their sums, what they exceed
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = 2 * lane.column + i;
-    float top = tops[group * kRows + row];
-    for (int part = 1; part < parts; ++part) top = fmaxf(top, tops[(group + part) * kRows + row]);
-    share[i] = exp2_approx(tops[warp * kRows + row] - top) * (1.0f / kDenormal);
-    bias[i] = weights[warp * kRows + row] * (T::Form::bias(0) * kDenormal);
+  float s[T::kColumns][2];
+  multiply_keys<T, kRotate>(q, keys, at.tables, last, lane, s);
+  if constexpr (!T::kDeep) {
+    if (at.left > 0) load_next();
   }
-#pragma unroll
-  for (int m = 0; m < T::kSteps; ++m) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float factor = i < 2 ? 1.0f : T::Form::kOddFactor;
-      const int column = lane.row * (kDim / 8) + 2 * m + i / 2, row = 2 * lane.column + i % 2;
-      values[(warp * kRows + row) * kDim + column] =
-          (sums.o[m][i] - bias[i % 2] * factor) * (share[i % 2] * (1.0f / factor));
-    }
-  }
-  sync_block();
-  const int heads = kAttentionWarps / parts;
-  for (int i = static_cast<int>(threadIdx.x); i < heads * kRows * kDim; i += kAttentionThreads) {
-    const int column = i % kDim, row = i / kDim % kRows, own = i / kDim / kRows;
-    const int head = first_head + own;
-    if (head >= args.cache.heads || first_row + row >= args.group) continue;
-    const int at = own * parts * kRows + row;
-    float sum = 0.0f;
-    for (int part = 0; part < parts; ++part) sum += values[(at + part * kRows) * kDim + column];
-    const Partial to = partial_of(args, query, int64_t{head} * args.group + first_row + row, split);
-    to.sums[column] = sum;
-    if (column != 0) continue;
-    float top = tops[at], all = 0.0f;
-    for (int part = 1; part < parts; ++part) top = fmaxf(top, tops[at + part * kRows]);
-    for (int part = 0; part < parts; ++part) {
-      all += totals[at + part * kRows] * exp2_approx(tops[at + part * kRows] - top);
-    }
-    *to.top = top * kLn2;
-    *to.total = all;
-  }
+  soften<T>(at.scales, lane, s, sums);
+  add_values<T>(values, s, sums);
+  at.tables += own * T::kTable;
+  at.scales += own;
+  return at.left > 0;
 }
 
 template <bool kPacked, int kDim, bool kRotate>
-LLMQAT_KERNEL_MIN_BLOCKS(kAttentionThreads, 2)
-attention_mma_kernel(AttentionArgs args, int block_heads) {
+LLMQAT_KERNEL_MIN_BLOCKS(kAttentionThreads, kAttentionBlocksPerSm)
+attention_mma_kernel(AttentionArgs args, AttentionBlock block) {
   using T = Tile<kPacked, kDim, kRotate>;
   take_turn();
   LLMQAT_DYNAMIC_SHARED(shared);
-  const int query = static_cast<int>(blockIdx.x) / args.splits;
-  const int split = static_cast<int>(blockIdx.x) % args.splits;
-  clear_ticket(args, query, split);
-  const QueryRange range = query_range(args, query);
-  const int start = split * kAttentionSplit;
-  if (start >= range.length) return;  // the whole block
-  const int count = smaller(range.length - start, kAttentionSplit);
+  const BlockPlace place = block_place(args, block);
+  clear_ticket(args, place.query, place.piece);
+  const QueryRange range = query_range(args, place.query);
+  const int start = place.piece / args.pieces * kAttentionSplit;
+  const Slice slice{start, smaller(range.length - start, kAttentionSplit),
+                    place.piece % args.pieces, args.pieces};
+  if (slice.piece * kAttentionTileTokens >= slice.count) return;  // the whole block
 
-  const int chunks = (args.group + kAttentionHeadRows - 1) / kAttentionHeadRows;
-  const int first_head = static_cast<int>(blockIdx.y) / chunks * block_heads;
-  const int first_row = static_cast<int>(blockIdx.y) % chunks * kAttentionHeadRows;
-  const int warp = static_cast<int>(threadIdx.x / 32), parts = kAttentionWarps / block_heads;
-  const int kv_head = first_head + warp / parts;
+  const int warp = static_cast<int>(threadIdx.x / 32), part = warp % block.parts;
+  const int own = warp / block.parts, kv_head = place.first_head + own;
   const Lane lane{static_cast<int>(threadIdx.x % 32) / 4, static_cast<int>(threadIdx.x % 4)};
+  const bool busy = own < block.heads && kv_head < args.cache.heads;
 
-  unsigned char* const tables = shared;
-  unsigned char* const queries = shared + T::kWorkBytes;
-  TokenScale* const scales = reinterpret_cast<TokenScale*>(queries + block_heads * T::kQueryBytes);
-  const int tiles = kv_head < args.cache.heads ? (count + T::kTokens - 1) / T::kTokens : 0;
+  unsigned char* const queries = shared + block.work_bytes;
+  TokenScale* const scales = reinterpret_cast<TokenScale*>(queries + block.heads * T::kQueryBytes);
+  const bool real = busy && place.first_row + lane.row < args.group;
+  const int heads = kRotate ? 1 : block.heads;  // that have scales of their own
 
-  const bool real = kv_head < args.cache.heads && first_row + lane.row < args.group;
-  const Query q = load_query<T, kRotate>(
-      args, query, int64_t{kv_head} * args.group + first_row + lane.row, real, lane,
-      queries + warp / parts * T::kQueryBytes, warp % parts == 0);
-
-  Raw<T> keys, values;
+  // Everything that comes from memory is on its way before the first of it is waited for.
+  const auto raw_query = load_query<T>(
+      args, place.query, int64_t{kv_head} * args.group + place.first_row + lane.row, real, lane);
+  const auto raw_scales =
+      load_scales<kRotate ? 1 : 4>(args, range.slot, slice, place.first_head, heads);
+  Raw<T> keys, values, other_keys, other_values;
   const int64_t bytes = head_bytes<T>(args, range.slot, kv_head);
-  int tile = warp % parts;
-  if (tile < tiles) {  // on their way while the block prepares
-    const int first = tile * T::kTokens;
-    const TileRows rows = tile_rows<T>(args, bytes, range.slot, start + first, count - first);
+  const int token = part * kAttentionTileTokens, first = slice_token(slice, token);
+  Cursor at{start + first, busy ? slice.count - first : 0, shared + token * T::kTable,
+            scales + token + (kRotate ? 0 : own * slice_tokens(slice))};
+  if (at.left > 0) {
+    const TileRows rows = tile_rows<T>(args, bytes, range.slot, at.token, at.left);
     load_keys<T>(rows, lane, keys);
     load_values<T>(rows, lane, values);
   }
-  stage_scales(args, range.slot, start, count, first_head, args.cache.pre_rope ? 1 : block_heads,
-               scales);
-  if constexpr (kRotate) stage_tables<T>(args, start, count, tables);
+  if constexpr (kRotate) stage_tables<T>(args, slice, shared);
+  const Query q = stage_query<T, kRotate>(args, raw_query, lane, queries + own * T::kQueryBytes,
+                                          part == 0 && own < block.heads);
+  stage_scales(args, raw_scales, slice, heads, scales);
   Sums<T> sums{};
   sums.top = bits_float(kInfBits | 0x80000000u);
-  const TokenScale* const own = scales + (args.cache.pre_rope ? 0 : warp / parts * kAttentionSplit);
   sync_block();
 
-  for (; tile < tiles; tile += parts) {
-    const int first = tile * T::kTokens, left = count - first, step = parts * T::kTokens;
-    float s[T::kColumns][2];
-    multiply_keys<T, kRotate>(q, keys, tables, first, smaller(left, T::kTokens) - 1, lane, s);
-    TileRows next{};
-    if (left > step) {
-      next = tile_rows<T>(args, bytes, range.slot, start + first + step, left - step);
-      load_keys<T>(next, lane, keys);
-    }
-    soften<T>(own + first, lane, s, sums);
-    add_values<T>(values, s, sums);
-    if (left > step) load_values<T>(next, lane, values);
+  const int own_step = block.parts * kAttentionTileTokens, step = own_step * args.pieces;
+  const auto attend = [&](Raw<T>& k, Raw<T>& v, Raw<T>& next_k, Raw<T>& next_v) {
+    return attend_tile<T, kRotate>(args, q, bytes, range.slot, step, own_step, lane, k, v, next_k,
+                                   next_v, at, sums);
+  };
+  Raw<T>& turn = T::kDeep ? other_keys : keys;
+  bool more = at.left > 0;
+  while (more) {  // registers take turns: none is moved
+    more = attend(keys, values, turn, other_values) && attend(turn, other_values, keys, values);
   }
-  merge<T>(args, sums, query, split, first_head, first_row, parts, lane, shared);
+  finish<T>(args, block, sums, lane, shared);
 }
 
 template <bool kPacked, int kDim, bool kRotate>
-void launch(const AttentionArgs& args, void* stream) {
+void launch(const AttentionArgs& args, int heads, void* stream) {
   using T = Tile<kPacked, kDim, kRotate>;
-  const int64_t heads = attention_block_heads(args.cache.heads);
+  const int parts = static_cast<int>(attention_parts(args.cache.heads)) / args.pieces;
+  const int tokens = kAttentionSplit / args.pieces;
+  // The tables are read for the last time before the sums are merged in their place.
+  const int tables = kRotate ? tokens * T::kTable : 0;
+  const int merged = args.pieces == 1 ? Merge<T>::kBytes : 0;
+  const AttentionBlock block{heads, parts, tables > merged ? tables : merged};
   const int64_t chunks = (int64_t{args.group} + kAttentionHeadRows - 1) / kAttentionHeadRows;
-  const int64_t tables = args.cache.pre_rope ? 1 : heads;
-  const int64_t bytes = T::kWorkBytes + heads * T::kQueryBytes +
-                        tables * kAttentionSplit * int64_t{sizeof(TokenScale)};
-  const dim3 grid(static_cast<unsigned>(args.p.n * args.splits),
+  const int64_t bytes = block.work_bytes + heads * T::kQueryBytes +
+                        (args.cache.pre_rope ? 1 : heads) * tokens * int64_t{sizeof(TokenScale)};
+  const dim3 grid(static_cast<unsigned>(args.p.n * args.splits * args.pieces),
                   static_cast<unsigned>((args.cache.heads + heads - 1) / heads * chunks));
   LLMQAT_LAUNCH_SHARED((attention_mma_kernel<kPacked, kDim, kRotate>), grid,
-                       dim3(kAttentionThreads), static_cast<size_t>(bytes), stream, args,
-                       static_cast<int>(heads));
+                       dim3(kAttentionThreads), static_cast<size_t>(bytes), stream, args, block);
 }
 
 }  // namespace
 
-int launch_attention_mma(const AttentionArgs& args, void* stream) {
+int launch_attention_mma(const AttentionArgs& args, int heads, void* stream) {
   const bool packed = args.cache.storage == LLMQAT_KV_INT4, rotate = args.cache.pre_rope;
   const bool wide = args.cache.head_dim == 128;
-  using Launch = void (*)(const AttentionArgs&, void*);
+  using Launch = void (*)(const AttentionArgs&, int, void*);
   const Launch table[2][2][2] = {{{launch<false, 64, false>, launch<false, 64, true>},
                                   {launch<false, 128, false>, launch<false, 128, true>}},
                                  {{launch<true, 64, false>, launch<true, 64, true>},
                                   {launch<true, 128, false>, launch<true, 128, true>}}};
-  table[packed][wide][rotate](args, stream);
+  table[packed][wide][rotate](args, heads, stream);
   return cudaGetLastError();
 }
 

@@ -8,7 +8,7 @@
 namespace llmqat {
 
 inline constexpr int kAttentionThreads = 32 * kAttentionWarps;
-inline constexpr float kLn2 = 0.69314718055994531f, kLog2E = 1.4426950408889634f;
+inline constexpr float kLog2E = 1.4426950408889634f;
 
 // How one token weighs: score * k + exponent, then the weight and its part of the total.
 struct alignas(16) TokenScale {
@@ -29,19 +29,31 @@ inline constexpr int kHalfBytes = 128, kStepBytes = 2 * kHalfBytes + 16;
 template <bool kPacked, int kDim, bool kRotate>
 struct Tile {
   using Form = Codes<kPacked>;
-  static constexpr int kRow = kPacked ? kDim / 2 : kDim;  // bytes
-  static constexpr int kWords = kRow / 32;                // of a chunk
-  static constexpr int kTokens = 16;
-  static constexpr int kColumns = kTokens / 8;  // n8 columns of S
-  static constexpr int kSteps = kDim / 16;      // k16 steps of S, m16 rows of O^T
-  static constexpr int kTable = kDim * 2;       // bytes of a token's cos and sin
+  static constexpr int kRow = kPacked ? kDim / 2 : kDim;     // bytes
+  static constexpr int kWords = kRow / 32;                   // of a chunk
+  static constexpr int kColumns = kAttentionTileTokens / 8;  // n8 columns of S
+  static constexpr int kSteps = kDim / 16;                   // k16 steps of S, m16 rows of O^T
+  static constexpr int kTable = kDim * 2;                    // bytes of a token's cos and sin
 
   static constexpr int kQueryBytes = kSteps * kStepBytes;  // of one cached head's query heads
-  static constexpr int kTableBytes = kRotate ? kAttentionSplit * kTable : 0;
-  static constexpr int kMergeBytes = kAttentionWarps * kAttentionHeadRows * (kDim + 3) * 4;
-  // The tables are read for the last time before the sums are merged in their place.
-  static constexpr int kWorkBytes = kTableBytes > kMergeBytes ? kTableBytes : kMergeBytes;
+  // Whether a tile of K and of V is small enough for both tiles to be in registers twice.
+  static constexpr bool kDeep = kWords <= 2;
 };
+
+// The tokens of a block: all of a split, or every pieces-th tile of it.
+struct Slice {
+  int start, count;   // the split: its first token in the slot, its tokens
+  int piece, pieces;  // tile t of the block is tile piece + t * pieces of the split
+};
+
+// Token of the split.
+LLMQAT_DEVICE int slice_token(const Slice& slice, int token) {
+  return (token / kAttentionTileTokens * slice.pieces + slice.piece) * kAttentionTileTokens +
+         token % kAttentionTileTokens;
+}
+
+// Tokens that the block stages at most, a power of two.
+LLMQAT_DEVICE int slice_tokens(const Slice& slice) { return kAttentionSplit / slice.pieces; }
 
 // Offset of a token's cos and sin of the pairs 2 * step and 2 * step + 1 of lane column `column`:
 // 16 bytes. Odd tokens swap neighbouring steps, so that 8 lanes never meet in a bank.
@@ -58,49 +70,115 @@ LLMQAT_DEVICE TokenScale token_scale(float k_scale, float v_scale, float log2_sc
   return {k_scale * log2_scaling, static_cast<float>(field - 127), v_scale * inverse, inverse};
 }
 
-// The scales of the split for `heads` cached heads from `first` on; tokens past `count` weigh 0.
-LLMQAT_DEVICE void stage_scales(const AttentionArgs& args, int slot, int start, int count,
-                                int first, int heads, TokenScale* staged) {
-  const float lowest = bits_float(kInfBits | 0x80000000u);
-  for (int i = static_cast<int>(threadIdx.x); i < heads * kAttentionSplit; i += kAttentionThreads) {
-    const int token = i % kAttentionSplit;
-    const int head = first + i / kAttentionSplit;
-    TokenScale scale = {0.0f, lowest, 0.0f, 0.0f};
-    if (token < count && head < args.cache.heads) {
-      const TokenPlace at = token_place(args.cache, slot, int64_t{start} + token);
-      const float nan = bits_float(0x7FC00000u);
-      const int64_t from = scale_index(args.cache, at, head);
-      scale = at.block < 0 ? TokenScale{nan, 0.0f, nan, nan}
-                           : token_scale(args.cache.k_scale[from], args.cache.v_scale[from],
-                                         args.p.scaling * kLog2E);
-    }
-    staged[i] = scale;
+// Scales on their way: of one token, for every pieces-th cached head of the block.
+template <int kHeads>
+struct RawScales {
+  float k[kHeads], v[kHeads];
+  bool there;  // a page that the table names
+};
+
+// The scales of the block's tokens for the cached heads from `first` on. No more than kHeads a
+// thread: a block has 4 heads of all of its tokens, or 8 of the tokens of a half and less.
+template <int kHeads>
+LLMQAT_DEVICE RawScales<kHeads> load_scales(const AttentionArgs& args, int slot, const Slice& slice,
+                                            int first, int heads) {
+  const int tokens = slice_tokens(slice), thread = static_cast<int>(threadIdx.x);
+  const int token = slice_token(slice, thread & (tokens - 1)), own = thread / tokens;
+  const TokenPlace at =
+      token_place(args.cache, slot, int64_t{slice.start} + smaller(token, slice.count - 1));
+  const TokenPlace read{at.block < 0 ? 0 : at.block, at.offset};
+  const int last = static_cast<int>(args.cache.heads) - 1;
+  RawScales<kHeads> raw{};
+  raw.there = at.block >= 0;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head = own + i * slice.pieces;
+    if (head >= heads) break;
+    const int64_t from = scale_index(args.cache, read, smaller(first + head, last));
+    raw.k[i] = args.cache.k_scale[from];
+    raw.v[i] = args.cache.v_scale[from];
+  }
+  return raw;
+}
+
+// To shared memory, as weights; tokens past the split weigh 0.
+template <int kHeads>
+LLMQAT_DEVICE void stage_scales(const AttentionArgs& args, const RawScales<kHeads>& raw,
+                                const Slice& slice, int heads, TokenScale* staged) {
+  const float lowest = bits_float(kInfBits | 0x80000000u), nan = bits_float(0x7FC00000u);
+  const int tokens = slice_tokens(slice), thread = static_cast<int>(threadIdx.x);
+  const int place = thread & (tokens - 1), own = thread / tokens;
+  const bool counts = slice_token(slice, place) < slice.count;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const int head = own + i * slice.pieces;
+    if (head >= heads) break;
+    TokenScale scale = token_scale(raw.k[i], raw.v[i], args.p.scaling * kLog2E);
+    if (!raw.there) scale = {nan, 0.0f, nan, nan};
+    if (!counts) scale = {0.0f, lowest, 0.0f, 0.0f};
+    staged[head * tokens + place] = scale;
   }
 }
 
-// cos and sin of the split's tokens as fp16 pairs in the order of the codes' pairs.
+// 8 neighbouring columns of a table row.
+struct TableRow {
+  Vec<float, 4> low, high;
+  LLMQAT_DEVICE float at(int column) const {
+    return column < 4 ? low.v[column] : high.v[column - 4];
+  }
+};
+
+LLMQAT_DEVICE TableRow load_row(const float* p) {
+  return {load_vec<float, 4>(p), load_vec<float, 4>(p + 4)};
+}
+
+// The pairs of step `half` of two, as fp16; NaN where there is no such table row.
 template <class T>
-LLMQAT_DEVICE void stage_tables(const AttentionArgs& args, int start, int count,
-                                unsigned char* staged) {
-  constexpr int kItems = T::kSteps / 2 * 4;  // of a token
+LLMQAT_DEVICE Word4 table_word(const TableRow& cosine, const TableRow& sine, int half, bool there) {
   using Form = typename T::Form;
+  Word4 w;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int first = Form::first_column(2 * half + i), second = Form::second_column(2 * half + i);
+    w.v[2 * i] = there ? half2_pack(cosine.at(first), cosine.at(second)) : 0x7E007E00u;
+    w.v[2 * i + 1] = there ? half2_pack(sine.at(first), sine.at(second)) : 0x7E007E00u;
+  }
+  return w;
+}
+
+// cos and sin of the block's tokens as fp16 pairs in the order of the codes' pairs. An item is two
+// steps of one lane column: 8 columns of the tables. A thread has the same columns of every
+// kRound-th token, and loads kAhead items before it converts the first. 8 threads store to all
+// banks once.
+template <class T>
+LLMQAT_DEVICE void stage_tables(const AttentionArgs& args, const Slice& slice,
+                                unsigned char* staged) {
+  constexpr int kPairs = T::kSteps / 4, kRound = kAttentionThreads / (4 * kPairs), kAhead = 2;
   constexpr int kHalf = T::kSteps * 8;  // columns of half a head
-  for (int i = static_cast<int>(threadIdx.x); i < count * kItems; i += kAttentionThreads) {
-    const int token = i / kItems, step = i % kItems / 4, column = i % 4;
-    Word4 w{{0x7E007E00u, 0x7E007E00u, 0x7E007E00u, 0x7E007E00u}};  // NaN: no such table row
-    if (start + token < args.tables.rows) {
-      const int64_t row = int64_t{start + token} * kHalf + column * (kHalf / 4);
-      const int first = Form::first_column(2 * step);
-      const int second = Form::second_column(2 * step);
-      // The next pair has the columns after these.
-      const auto c0 = load_vec<float, 2>(args.tables.cos + row + first);
-      const auto c1 = load_vec<float, 2>(args.tables.cos + row + second);
-      const auto s0 = load_vec<float, 2>(args.tables.sin + row + first);
-      const auto s1 = load_vec<float, 2>(args.tables.sin + row + second);
-      w = {{half2_pack(c0.v[0], c1.v[0]), half2_pack(s0.v[0], s1.v[0]),
-            half2_pack(c0.v[1], c1.v[1]), half2_pack(s0.v[1], s1.v[1])}};
+  const int thread = static_cast<int>(threadIdx.x), tokens = slice_tokens(slice);
+  const int column = thread % 4, pair = thread / 8 % kPairs;
+  const int rows = static_cast<int>(args.tables.rows);
+  const int offset = column * (kHalf / 4) + 8 * pair;
+  for (int own = thread / (8 * kPairs) * 2 + thread / 4 % 2; own < tokens; own += kAhead * kRound) {
+    if (slice_token(slice, own) >= slice.count) break;
+    TableRow cosine[kAhead], sine[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int token = slice.start + slice_token(slice, own + i * kRound);
+      const int64_t at = int64_t{smaller(token, rows - 1)} * kHalf + offset;
+      cosine[i] = load_row(args.tables.cos + at);
+      sine[i] = load_row(args.tables.sin + at);
     }
-    store_16(staged + table_offset<T>(token, step, column), w);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int to = own + i * kRound;
+      const bool there = slice.start + slice_token(slice, to) < rows;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Word4 word = table_word<T>(cosine[i], sine[i], half, there);
+        if (to < tokens) store_16(staged + table_offset<T>(to, 2 * pair + half, column), word);
+      }
+    }
   }
 }
 
@@ -111,22 +189,64 @@ struct Query {
   float unit;                // score of a sum of 1
 };
 
+// A lane's columns of its query head as they are in memory: [half of the head][two columns].
+template <class T>
+struct RawQuery {
+  static constexpr int kWords = T::kSteps;
+  uint32_t w[2][kWords];
+};
+
+template <class T>
+LLMQAT_DEVICE RawQuery<T> load_query(const AttentionArgs& args, int64_t query, int64_t head,
+                                     bool real, Lane lane) {
+  constexpr int kHalf = T::kSteps * 8;
+  RawQuery<T> raw{};
+  if (!real) return raw;
+  const uint16_t* const from = static_cast<const uint16_t*>(args.p.q.data) +
+                               query_offset(args, query, head) + lane.column * (kHalf / 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < RawQuery<T>::kWords; i += 4) {
+      const Word4 loaded = load_16(from + half * kHalf + 2 * i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) raw.w[half][i + k] = loaded.v[k];
+    }
+  }
+  return raw;
+}
+
+// Columns first, second of the first half of the chunk, then of the second half, for every step.
+template <class T, class F>
+LLMQAT_DEVICE void unpack_query(const RawQuery<T>& raw, float (&v)[T::kSteps][4], F value) {
+  using Form = typename T::Form;
+#pragma unroll
+  for (int j = 0; j < T::kSteps; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = i % 2 == 0 ? Form::first_column(j) : Form::second_column(j);
+      const uint32_t word = raw.w[i / 2][column / 2];
+      v[j][i] = value(static_cast<uint16_t>(column % 2 == 0 ? word & 0xFFFFu : word >> 16));
+    }
+  }
+}
+
 // Brings the largest |q| of a head to [2^14, 2^15): bf16 values then lose nothing as fp16.
 template <class T, bool kRotate>
-LLMQAT_DEVICE Query load_query(const AttentionArgs& args, int64_t query, int64_t head, bool real,
-                               Lane lane, unsigned char* staged, bool owner) {
-  constexpr int kHalf = T::kSteps * 8, kChunk = kHalf / 4;
+LLMQAT_DEVICE Query stage_query(const AttentionArgs& args, const RawQuery<T>& raw, Lane lane,
+                                unsigned char* staged, bool owner) {
   using Form = typename T::Form;
   float v[T::kSteps][4];
+  if (args.p.dtype == LLMQAT_BFLOAT16) {
+    unpack_query(raw, v, [](uint16_t bits) { return to_float(bf16{bits}); });
+  } else {
+    unpack_query(raw, v, [](uint16_t bits) { return to_float(fp16{bits}); });
+  }
   uint32_t largest = 0;
 #pragma unroll
   for (int j = 0; j < T::kSteps; ++j) {
-    const int64_t at = query_offset(args, query, head) + lane.column * kChunk;
-    const int columns[2] = {Form::first_column(j), Form::second_column(j)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v[j][i] =
-          real ? load_float(args.p.q.data, args.p.dtype, at + columns[i % 2] + i / 2 * kHalf) : 0;
       const uint32_t m = magnitude_bits(v[j][i]);
       largest = m > largest ? m : largest;
     }
@@ -185,7 +305,7 @@ LLMQAT_DEVICE int64_t head_bytes(const AttentionArgs& args, int slot, int head) 
   return (block * args.cache.heads + head) * args.cache.block_tokens * T::kRow;
 }
 
-// `first` is the tile's first token, `left` the tokens of the slot from there on.
+// `first` is the tile's first token, `left` the tokens of the split from there on.
 template <class T>
 LLMQAT_DEVICE TileRows tile_rows(const AttentionArgs& args, int64_t head, int slot, int first,
                                  int left) {
@@ -198,7 +318,8 @@ LLMQAT_DEVICE TileRows tile_rows(const AttentionArgs& args, int64_t head, int sl
     bytes += block * args.block_bytes + at.offset * T::kRow;
   }
   return {static_cast<const uint8_t*>(args.cache.k) + bytes,
-          static_cast<const uint8_t*>(args.cache.v) + bytes, smaller(left, T::kTokens) - 1};
+          static_cast<const uint8_t*>(args.cache.v) + bytes,
+          smaller(left, kAttentionTileTokens) - 1};
 }
 
 template <class T>

@@ -54,19 +54,32 @@ struct LlmqatAppend {
 int llmqat_cuda_rope_quantize_append(const LlmqatKvCache* cache, const LlmqatAppend* problem,
                                      const LlmqatRopeTables* tables, void* stream);
 
+// How blocks are made of warps; no bit of a result depends on it (heuristics_attention.h).
+enum LlmqatAttentionPlan {
+  LLMQAT_ATTENTION_AUTO = 0,
+  LLMQAT_ATTENTION_WHOLE = 1,  // a block adds up a split
+  LLMQAT_ATTENTION_APART = 2   // a block has one part of it
+};
+
 struct LlmqatAttention {
   LlmqatHeads q;                   // [n, heads, D] of dtype
   const int64_t *slots, *lengths;  // [n]; a slot or length outside the cache gives NaN
   void* out;                       // [n, heads, D] of dtype
   int8_t* codes;       // [n, heads * D]: quantize(out) at quantize_bits; null: not wanted
   float* codes_scale;  // [n]
-  float* workspace;    // attention_workspace_bytes (heuristics_attention.h)
+  float* workspace;    // llmqat_cuda_attention_workspace bytes
   uint32_t* tickets;   // [n], when codes are wanted; anything before, after and between launches
   int64_t n, heads;
   int64_t max_length;  // sizes the grid; a longer query gives NaN
+  int64_t sms;         // multiprocessors of the device
   float scaling;
   int dtype, quantize_bits;
+  int plan;  // LlmqatAttentionPlan
 };
+
+// Bytes of partial sums; the pointers of results need not be set yet.
+int64_t llmqat_cuda_attention_workspace(const LlmqatKvCache* cache, const LlmqatAttention* problem,
+                                        const LlmqatRopeTables* tables);
 
 int llmqat_cuda_attention_decode(const LlmqatKvCache* cache, const LlmqatAttention* problem,
                                  const LlmqatRopeTables* tables, void* stream);

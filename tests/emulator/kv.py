@@ -17,6 +17,8 @@ STORAGE = {
     torch.float16: 4,
 }
 PAGE = 64
+AUTO, WHOLE, APART = range(3)
+"""How blocks are made of warps: chosen, a split a block, a part of it a block."""
 _pointer, _long, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -55,10 +57,9 @@ class Attention(ctypes.Structure):
         ("q", Heads),
         *((name, _pointer) for name in ("slots", "lengths", "out")),
         *((name, _pointer) for name in ("codes", "codes_scale", "workspace", "tickets")),
-        *((name, _long) for name in ("n", "heads", "max_length")),
+        *((name, _long) for name in ("n", "heads", "max_length", "sms")),
         ("scaling", _float),
-        ("dtype", _int),
-        ("quantize_bits", _int),
+        *((name, _int) for name in ("dtype", "quantize_bits", "plan")),
     ]
 
 

@@ -1,6 +1,7 @@
 """The CUDA attention_decode on the CPU: the 2x rule, and to the bit where nothing may matter."""
 
 import ctypes
+import functools
 from itertools import product
 
 import pytest
@@ -11,15 +12,31 @@ from llmqat_kernels.spec import quantize
 from llmqat_kernels.spec.rope import rope_quantize_append
 from llmqat_kernels.testing import assert_within_ratio
 from tests.emulator.build import SCHEDULES, compile_kernel
-from tests.emulator.kv import DTYPES, Attention, cache_of, heads_of, paged, tables_of, views
+from tests.emulator.kv import (
+    APART,
+    AUTO,
+    DTYPES,
+    WHOLE,
+    Attention,
+    cache_of,
+    heads_of,
+    paged,
+    tables_of,
+    views,
+)
 from tests.emulator.memory import guard, poisoned
 from tests.kernels.kv_cases import MODES, empty_cache, fill, tables
 from tests.kernels.test_attention_decode_spec import exact
 
 pytestmark = pytest.mark.emulator
-SPLIT = 256
-KV_HEADS = 2  # what exact() assumes
+KV_HEADS = 2
 LENGTHS = (65, 1, 300, 0, 63, 64)
+FORMS = tuple(product((64, 128), (4, 8), MODES))
+"""Of the tensor core kernel: head dimension, bits, mode."""
+HEADS = ((2, 3, 257), (16, 1, 257), (5, 9, 33))
+"""KV heads and query heads of each: 8, 2 and 4 warps share the tokens of a split; tokens."""
+WARPS = ((WHOLE, 132), (APART, 1), (APART, 132))
+"""All parts of a head in a block; one part of 8 heads; of fewer, so that others only help."""
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +46,20 @@ def kernel():
     return library
 
 
-def case(bits, mode, head_dim, dtype, group, lengths, picked=None, tokens=None, kind="nan"):
-    """The arguments of spec.attention_decode; queries of the `picked` slots, all in reverse."""
+def case(bits, mode, head_dim, dtype, group, lengths, tokens=None, kind="nan", kv_heads=KV_HEADS):
+    """The arguments of spec.attention_decode; a query of every slot, the last one first."""
     tokens = tokens or max(lengths)
-    cache = empty_cache(len(lengths), KV_HEADS, tokens, head_dim, bits, mode, kind)
-    fill(rope_quantize_append, cache, lengths, KV_HEADS, head_dim, bits, mode, dtype)
-    slots = torch.tensor(list(range(len(lengths)))[::-1] if picked is None else picked)
+    cache = empty_cache(len(lengths), kv_heads, tokens, head_dim, bits, mode, kind)
+    fill(rope_quantize_append, cache, lengths, kv_heads, head_dim, bits, mode, dtype)
+    slots = torch.arange(len(lengths)).flip(0)
     random = torch.Generator().manual_seed(5)
-    q = torch.randn(len(slots), KV_HEADS * group, head_dim, generator=random).to(dtype)
+    q = torch.randn(len(slots), kv_heads * group, head_dim, generator=random).to(dtype)
     own = torch.tensor(lengths)[slots]
     pre_rope = mode == "paper" and bits != 16
     return [q, *cache, *tables(tokens, head_dim), slots, own, head_dim**-0.5, bits, pre_rope]
 
 
-def attend(kernel, args, quantize_bits=None, table=None, max_length=None):
+def attend(kernel, args, quantize_bits=None, table=None, max_length=None, plan=AUTO, sms=132):
     """out, or (out, codes, scale), of the launcher; every buffer lies on guarded pages."""
     q, *cache_tensors, cos, sin, slots, lengths, scaling, bits, pre_rope = args
     n, heads, dim = q.shape
@@ -52,9 +69,7 @@ def attend(kernel, args, quantize_bits=None, table=None, max_length=None):
     rope, kept = tables_of(cos, sin)
     queries, own_q = heads_of(q)
     inputs = [own_q, *(guard(t) for t in (slots, lengths))]
-    splits = -(-max_length // SPLIT)
     out = poisoned(q.shape, q.dtype)
-    work = poisoned((n * heads * splits * (dim + 2),), torch.float32)
     codes, scale = poisoned((n, heads * dim), torch.int8), poisoned((n,), torch.float32)
     tickets = poisoned((n,), torch.int32)
     problem = Attention(
@@ -64,19 +79,22 @@ def attend(kernel, args, quantize_bits=None, table=None, max_length=None):
         out=out.pointer,
         codes=None if quantize_bits is None else codes.pointer,
         codes_scale=scale.pointer,
-        workspace=work.pointer,
         tickets=tickets.pointer,
         n=n,
         heads=heads,
         max_length=max_length,
+        sms=sms,
         scaling=scaling,
         dtype=DTYPES[q.dtype],
         quantize_bits=quantize_bits or 0,
+        plan=plan,
     )
-    error = kernel.llmqat_cuda_attention_decode(
-        ctypes.byref(cache.struct), ctypes.byref(problem), ctypes.byref(rope), None
-    )
-    assert error == 0
+    pointers = ctypes.byref(cache.struct), ctypes.byref(problem), ctypes.byref(rope)
+    size = kernel.llmqat_cuda_attention_workspace
+    size.restype = ctypes.c_int64
+    work = poisoned((size(*pointers) // 4,), torch.float32)
+    problem.workspace = work.pointer
+    assert kernel.llmqat_cuda_attention_decode(*pointers, None) == 0
     for buffer in (work, tickets, *inputs, *kept):
         buffer.check()
     cache.check()
@@ -132,36 +150,113 @@ def test_extreme_scales_and_queries(kernel):
     assert_two_times_rule(kernel, args)
 
 
+@functools.cache
+def undisturbed(form, heads):
+    """A case, and its result by blocks of the common kind, threads in their order."""
+    head_dim, bits, mode = form
+    kv_heads, group, tokens = heads
+    args = case(bits, mode, head_dim, torch.bfloat16, group, (tokens,), kv_heads=kv_heads)
+    library = compile_kernel("attention_decode")
+    library.use_schedule("forward")
+    return args, attend(library, args, 8, plan=WHOLE)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_schedule_changes_a_bit(kernel, schedule):
-    args = case(4, "paper", 64, torch.bfloat16, 3, (257,))
-    kernel.use_schedule("forward")
-    want = attend(kernel, args, 8)
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "x".join(map(str, heads[:2])))
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(map(str, form)))
+def test_no_schedule_changes_a_bit(kernel, form, heads, schedule):
+    """Nor how blocks are made of warps."""
+    args, want = undisturbed(form, heads)
     kernel.use_schedule(schedule, seed=3)
-    for g, w in zip(attend(kernel, args, 8), want, strict=True):
+    turn = SCHEDULES.index(schedule) + FORMS.index(form) + HEADS.index(heads)
+    plan, sms = WARPS[turn % len(WARPS)]
+    for g, w in zip(attend(kernel, args, 8, plan=plan, sms=sms), want, strict=True):
         assert torch.equal(g, w)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("plan, sms", WARPS)
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "x".join(map(str, heads[:2])))
+def test_every_plan_keeps_the_rule_and_the_bits(kernel, heads, plan, sms):
+    kernel.use_schedule("shuffled", seed=1)
+    for number, form in enumerate(FORMS):
+        if (number + HEADS.index(heads)) % 3:
+            continue
+        args, want = undisturbed(form, heads)
+        got = attend(kernel, args, plan=plan, sms=sms)
+        assert torch.equal(got, want[0])
+        assert_within_ratio(got, spec.attention_decode(*args), exact(args), 2.0)
+
+
+@pytest.mark.parametrize("plan, sms", WARPS)
 @pytest.mark.parametrize("mode", MODES)
-def test_batch_pages_and_what_lies_beyond_change_no_bit(kernel, dtype, mode):
+@pytest.mark.parametrize("kv_heads, parts", [(2, 8), (5, 4)])
+def test_parts_are_added_in_their_order(kernel, kv_heads, parts, mode, plan, sms):
+    """The first two cancel, and leave nothing of what was added to them in between."""
+    args = case(8, mode, 64, torch.float16, 1, (16 * parts,), kv_heads=kv_heads)
+    k_codes, _, v_codes, v_scale = args[1:5]
+    k_codes.zero_()  # equal weights
+    v_codes[..., 16:32, :] = -v_codes[..., :16, :]
+    v_scale.fill_(1)
+    v_scale[..., :32] = 2.0**18
+    want = v_codes[0, :, 32:].double().sum(1) / (16 * parts)
+    got = attend(kernel, args, plan=plan, sms=sms)
+    assert (got[0].double() - want).abs().max() < 1e-3 * want.abs().max()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_splits(kernel, mode):
+    """More splits than one thread adds: their groups, and how many threads there are for them."""
     kernel.use_schedule("greedy")
-    lengths = (65, 20, 130) if dtype == torch.float16 else (65, 3)
-    args = case(8, mode, 64, dtype, 2, lengths, kind="nan")
+    args = case(4, mode, 64, torch.float16, 1, (2500, 2048), kv_heads=1)
+    want = assert_two_times_rule(kernel, args)
+    pools, table = paged(args[1:5], seed=2)
+    for plan, pages, last in ((WHOLE, 40, 2500), (APART, 40, 2500), (APART, 200, 12800)):
+        wide = torch.full((2, pages), 2**30, dtype=torch.int32)
+        wide[:, : table.shape[1]] = table
+        given = [args[0], *pools, *args[5:]]
+        got = attend(kernel, given, table=wide, max_length=last, plan=plan)
+        assert torch.equal(got, want)
+
+
+def test_more_splits_than_factors_are_kept(kernel):
+    kernel.use_schedule("lagging")
+    args = case(4, "serving", 64, torch.float16, 1, (257 * 256 - 100,), kv_heads=1)
+    assert_two_times_rule(kernel, args)
+
+
+def alone(kernel, args, other, i):
+    """Query i, on a cache that holds something else where no token lies."""
+    return attend(kernel, [args[0][i : i + 1], *other[1:7], *(t[i : i + 1] for t in args[7:9]),
+                           *args[9:]])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "form, heads, dtype",
+    [
+        *((form, heads, torch.float16) for form, heads in product(FORMS, ((2, 3), (16, 1)))),
+        *(((64, 8, mode), (2, 2), torch.float32) for mode in MODES),
+    ],
+    ids=str,
+)
+def test_batch_pages_and_what_lies_beyond_change_no_bit(kernel, form, heads, dtype):
+    kernel.use_schedule("greedy")
+    head_dim, bits, mode = form
+    kv_heads, group = heads
+    lengths = (65, 20, 130) if kv_heads == 2 and dtype == torch.float16 else (65, 3)
+    args, other = (
+        case(bits, mode, head_dim, dtype, group, lengths, kind=kind, kv_heads=kv_heads)
+        for kind in ("nan", "random")
+    )
     want = attend(kernel, args)
-    alone = case(8, mode, 64, dtype, 2, lengths, kind="random")
     for i in range(len(lengths)):
-        one = [args[0][i : i + 1], *alone[1:7], args[7][i : i + 1], args[8][i : i + 1], *args[9:]]
-        assert torch.equal(attend(kernel, one), want[i : i + 1])
+        assert torch.equal(alone(kernel, args, other, i), want[i : i + 1])
     pools, table = paged(args[1:5], seed=1)
     table = torch.where(  # pages that no token of the slot lies on
         torch.arange(table.shape[1]) * 64 < torch.tensor(lengths)[:, None], table, 2**30
     ).to(torch.int32)
-    assert torch.equal(attend(kernel, [args[0], *pools, *args[5:]], table=table), want)
-    longest = max(lengths)
-    assert torch.equal(
-        attend(kernel, [args[0], *pools, *args[5:]], table=table, max_length=longest), want
-    )
+    given = [args[0], *pools, *args[5:]]
+    for longest, plan in ((None, WHOLE), (max(lengths), APART)):
+        assert torch.equal(attend(kernel, given, table=table, max_length=longest, plan=plan), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,7 @@ from tests.emulator.kv import (
     DTYPES,
     PAGE,
     STORAGE,
+    WHOLE,
     Append,
     Attention,
     KvCache,
@@ -83,6 +84,7 @@ def test_append_and_attend_on_a_far_page(pools):
     problem = Attention(
         q=queries, slots=given[0].pointer, lengths=given[1].pointer, out=out.pointer,
         workspace=work.pointer, n=1, heads=4, max_length=PAGE, scaling=0.125, dtype=DTYPES[q.dtype],
+        plan=WHOLE,
     )  # fmt: skip
     assert attend(by(struct), by(problem), by(rope_struct), None) == 0
     want = attention.attention_decode(*arguments)

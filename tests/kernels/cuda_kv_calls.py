@@ -1,7 +1,8 @@
 """Calls of the CUDA operators on the KV cache.
 
-Sequences of more than one split of 256 tokens, and heads such that blocks of threads take 1, 2 and
-4 cached heads: ``test_cuda_cases.py`` asks the heuristics whether they do. What no sequence has
+Sequences of more than one split of 256 tokens, heads such that 2, 4 and 8 warps share the tokens of
+a split, and so many queries that these are together in a block: ``test_cuda_cases.py`` asks the
+heuristics whether they do. What no sequence has
 written is NaN.
 """
 
@@ -42,6 +43,7 @@ class Form:
     cache_dtype: torch.dtype = FP32
     lengths: tuple[int, ...] = SHORT
     small: bool = True
+    more: int = 0  # queries of a few tokens each
 
     @property
     def pre_rope(self) -> bool:
@@ -68,12 +70,14 @@ class Form:
         return tuple(pools), torch.where(used, table, 2**30).to(torch.int32)
 
     def queries(self) -> tuple[Tensor, tuple[Any, ...]]:
-        """q, and (cos, sin, slots, lengths): a query of every sequence, the last one first."""
-        count = len(self.lengths)
-        slots = torch.arange(count).flip(0)
-        size = count, self.kv_heads * self.group, self.head_dim
+        """q, and (cos, sin, slots, lengths): a query of every sequence, the last one first, then
+        those of the first tokens of the first one."""
+        slots = torch.arange(len(self.lengths)).flip(0)
+        own = torch.tensor(self.lengths)[slots]
+        slots = torch.cat((slots, torch.zeros(self.more, dtype=torch.int64)))
+        size = len(slots), self.kv_heads * self.group, self.head_dim
         q = torch.randn(size, generator=generator(5)).to(self.dtype)  # not the numbers of `fill`
-        places = slots, torch.tensor(self.lengths)[slots]
+        places = slots, torch.cat((own, torch.arange(self.more) % 7 + 1))
         return q, (*tables(max(self.lengths), self.head_dim), *places)
 
     @property
@@ -87,18 +91,25 @@ class Form:
         return LIMITS[self.dtype]
 
 
-# KV heads and the query heads of each: blocks of 1, 2 and 4 cached heads; one that is not full,
-# with query heads of two fragments.
+# KV heads and the query heads of each: 8, 4 and 2 warps for the tokens of a split; heads that do
+# not fill the last block, with query heads of two fragments.
 HEADS = ((2, 3), (4, 1), (16, 1), (5, 9))
 LARGE_HEADS = ((8, 12), (16, 12), (18, 1), (3, 8))
 INSTANCES = tuple(product((64, 128), (4, 8), MODES))
 """Of the tensor core kernel."""
 
+MORE = (  # the last one: a block for each part of 5 heads
+    Form(64, 8, "serving", 2, 1, BF16, more=75),
+    Form(64, 4, "serving", 5, 9, FP16, more=27),
+    Form(128, 8, "serving", 16, 1, FP16, more=38),
+    Form(64, 4, "paper", 5, 9, BF16),
+)
 TENSOR = (
     *(
         Form(*instance, *HEADS[i % 4], (BF16, FP16)[i // 2 % 2])
         for i, instance in enumerate(INSTANCES)
     ),
+    *MORE,
     *(
         Form(*instance, *LARGE_HEADS[i % 4], (FP16, BF16)[i // 4], lengths=LONG, small=False)
         for i, instance in enumerate(INSTANCES)
@@ -116,7 +127,8 @@ SCALAR = (
 )
 """fp32 queries, float caches, other head dimensions."""
 PAGED = (
-    *(TENSOR[i] for i in (1, 2, 4, 7)),  # 2 and 4 cached heads of a block, then 1, then not full
+    *(TENSOR[i] for i in (1, 2, 4, 7)),  # 4 and 2 warps for a split, then 8, then not full
+    *MORE,
     *(SCALAR[i] for i in (0, 2, 5)),
     *(form for form in (*TENSOR, *SCALAR) if not form.small),
 )

@@ -210,7 +210,12 @@ def _append(case: Case, sms: int) -> Paths:
 
 
 def _attention(
-    q: torch.Tensor, codes: torch.Tensor, lengths: torch.Tensor, max_length: int, pre_rope: bool
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    lengths: torch.Tensor,
+    max_length: int,
+    pre_rope: bool,
+    sms: int,
 ) -> Paths:
     heads, dim = q.shape[1:]
     kv_heads = codes.shape[1]
@@ -223,25 +228,27 @@ def _attention(
     if not tensor:
         shape = "rotated" if pre_rope else "as it is"
         return {f"scalar, {storage}: {each}" for each in (shape, splits, NAMES[q.dtype])}
-    per_block = host.attention_block_heads(kv_heads)
+    shape = len(q), heads, kv_heads, dim, max_length, pre_rope
+    per_block, pieces = host.attention_plan(*shape, sms)[:2]
+    warps = f"{host.attention_parts(kv_heads)} warps {'apart' if pieces > 1 else 'together'}"
     instance = f"{storage}, {dim}, {'rotated' if pre_rope else 'as it is'}"
-    found = {instance, f"{instance}: {splits}", f"{per_block} heads: {splits}", NAMES[q.dtype]}
+    found = {instance, f"{instance}: {splits}", f"{warps}: {splits}", NAMES[q.dtype]}
     if kv_heads % per_block:
-        found.add(f"{per_block} heads: the last block has fewer")
+        found.add(f"{warps}: the last block has fewer")
     if heads // kv_heads > FRAGMENT_HEADS:
-        found.add(f"{per_block} heads: query heads of two blocks")
+        found.add(f"{warps}: query heads of two blocks")
     return {f"tensor cores, {each}" for each in found}
 
 
 def _attention_decode(case: Case, sms: int) -> Paths:
     q, codes = case.args[:2]
-    return _attention(q, codes, case.args[8], codes.shape[2], case.args[-1])
+    return _attention(q, codes, case.args[8], codes.shape[2], case.args[-1], sms)
 
 
 def _attention_paged(case: Case, sms: int) -> Paths:
     q, codes = case.args[:2]
     lengths, max_length = case.args[9:11]
-    return _attention(q, codes, lengths, max_length, case.args[13])
+    return _attention(q, codes, lengths, max_length, case.args[13], sms)
 
 
 def _attention_quantize(case: Case, sms: int) -> Paths:

@@ -36,7 +36,7 @@ def exact(args):
     """The same attention in float64, from the exact values of the codes and scales."""
     q, k_codes, k_scale, v_codes, v_scale, cos, sin, slots, lengths, scaling, bits, pre_rope = args
     out = torch.zeros(q.shape, dtype=torch.float64)
-    repeats = q.shape[1] // KV_HEADS
+    repeats = q.shape[1] // k_codes.shape[1]
     for i, (slot, n) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         if n == 0:
             continue

@@ -57,15 +57,13 @@ GROUPS = each(
 )
 STORED = ("int4", "int8", "bf16 cache", "fp16 cache", "fp32 cache")
 INSTANCES = each(("int4, ", "int8, "), ("64, ", "128, "), ("rotated", "as it is"))
-BLOCKS = ("1 heads", "2 heads", "4 heads")
-HEADS = each(("tensor cores, ",), BLOCKS, (": 2 splits",)) | {
-    "tensor cores, 2 heads: query heads of two blocks",
-    "tensor cores, 2 heads: the last block has fewer",
-}
-LARGE_HEADS = each(("tensor cores, ",), BLOCKS, (": 3 splits",)) | {
-    "tensor cores, 4 heads: query heads of two blocks",
-    "tensor cores, 4 heads: the last block has fewer",
-}
+WARPS = each(("2", "4", "8"), (" warps ",), ("apart", "together"))
+HEADS = each(("tensor cores, ",), WARPS, (": 2 splits",)) | each(
+    ("tensor cores, 4 warps ",),
+    ("apart", "together"),
+    (": query heads of two blocks", ": the last block has fewer"),
+)
+LARGE_HEADS = each(("tensor cores, ",), ("2", "4", "8"), (" warps apart: 3 splits",))
 SCALAR = ("scalar, int8", "scalar, int4", "scalar, bf16 cache")
 APPENDS = (
     each(("rows of ",), ("bf16", "fp32"), (" to int8, ", " to int4, "), ("any",))

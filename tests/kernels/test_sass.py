@@ -163,6 +163,29 @@ def test_the_hot_loop_leaves_out_what_is_not_in_every_round():
     assert sass.mix(kernel.hot_loop) == {"BRA": 2, "IMMA": 1}
 
 
+def encoded(scoreboard, *waits):
+    """The upper half of an instruction's encoding."""
+    return f"/* 0x{scoreboard << 46 | sum(1 << 52 + n for n in waits):016x} */"
+
+
+def test_the_way_of_a_load():
+    """K is loaded before the second product and V after it, both on scoreboard 5, as it was."""
+    lines = [
+        ("HMMA.16816.F32 R4, R8, R9, R4", encoded(7, 5)),
+        ("LDG.E R1, [R2.64]", encoded(2)),
+        ("IADD3 R2, R1, R2, RZ", encoded(7, 2)),
+        ("LDG.E.128.CONSTANT R8, [R2.64]", encoded(5)),
+        ("HMMA.16816.F32 R4, R12, R13, R4", encoded(7)),
+        ("LDG.E.128.CONSTANT R12, [R2.64]", encoded(5)),
+        ("@P0 BRA 0x0", encoded(7)),
+    ]
+    text = [line for k, (i, c) in enumerate(lines) for line in (f"  /*{16 * k:04x}*/  {i} ;", c)]
+    loop = sass.parse_code(text)
+    assert [i.scoreboard for i in loop] == [None, 2, None, 5, None, 5, None]
+    assert loop[0].waits == {5} and loop[2].waits == {2}
+    assert sass.under_way(loop) == [0, 1, 0]
+
+
 def test_names():
     anonymous = "44_GLOBAL__N__7fda3ae2_11_quantize_cu_e906fea0"
     symbol = f"_ZN6llmqat{anonymous}15quantize_kernelINS_4fp16ELi8EEEvPKT_llibPaPf"
@@ -174,8 +197,10 @@ def test_names():
 # ---- gates ----
 
 HOPPER = {"arch": 90, "waits": 1}
-GOOD = Figures("gemm.cu", "gemm_kernel<8>", 80, wide_loads=2, loop={"IMMA": 4, "LOP3": 4})
-PROMISE = Expected("IMMA", True, {80: 1.0, 90: 1.0})
+GOOD = Figures(
+    "gemm.cu", "gemm_kernel<8>", 80, wide_loads=2, loads=9, covered=8, loop={"IMMA": 4, "LOP3": 4}
+)
+PROMISE = Expected("IMMA", True, {80: 1.0, 90: 1.0}, covered=0.88)
 
 
 @pytest.fixture
@@ -203,6 +228,8 @@ def test_good_figures_pass(promised):
         ("wide_loads", {"wide_loads": 0}),
         ("unpack", {"loop": GOOD.loop | {"PRMT": 1}}),
         ("wait", {"early": 1, "waits": 1}),
+        ("covered", {"loads": 9, "covered": 4}),
+        ("covered", {"loads": 0, "covered": 0}),
         ("source", {"source": ""}),
         ("promise", {"name": "another_kernel"}),
     ],

@@ -36,6 +36,7 @@ ATTENTION = (
     "test_attention_decode.py",
     "plain_torch and 64-8 and dtype1 or no_schedule and lagging",
 )
+PLANS = ("test_attention_decode.py", "every_plan")
 BATCH = ("test_attention_decode.py", "beyond_change")
 OUTPUT = ("test_attention_decode.py", "output_row")
 WIDE = ("test_wide_offsets.py", "far_page")
@@ -49,6 +50,7 @@ INT4_LINEAR = "csrc/cuda/int4_linear.cu"
 INT4_FRAGMENTS = "csrc/cuda/int4_fragments.cuh"
 ROPE_APPEND = "csrc/cuda/rope_quantize_append.cu"
 ATTENTION_MMA = "csrc/cuda/attention_mma.cu"
+ATTENTION_MERGE = "csrc/cuda/attention_merge.cuh"
 ATTENTION_TILE = "csrc/cuda/attention_tile.cuh"
 ATTENTION_SCALAR = "csrc/cuda/attention_scalar.cu"
 ATTENTION_DECODE = "csrc/cuda/attention_decode.cu"
@@ -421,23 +423,51 @@ BUGS = (
     Bug(
         "attention: no barrier before the scales are read",
         ATTENTION_MMA,
-        "warp / parts * kAttentionSplit);\n  sync_block();\n",
-        "warp / parts * kAttentionSplit);\n",
+        "bits_float(kInfBits | 0x80000000u);\n  sync_block();\n",
+        "bits_float(kInfBits | 0x80000000u);\n",
         ATTENTION,
     ),
     Bug(
         "attention: sums merged over tables that are still read",
-        ATTENTION_MMA,
+        ATTENTION_MERGE,
         "  sync_block();  // the tables are done with\n",
         "",
         ATTENTION,
     ),
     Bug(
+        "attention: parts of a head added in another order",
+        ATTENTION_MERGE,
+        "for (int p = 0; p < block.parts; ++p) {",
+        "for (int p = block.parts - 1; p >= 0; --p) {",
+        ("test_attention_decode.py", "in_their_order"),
+    ),
+    Bug(
+        "attention: a part takes the tiles of another",
+        ATTENTION_TILE,
+        "* slice.pieces + slice.piece) *",
+        "* slice.pieces + slice.pieces - 1 - slice.piece) *",
+        PLANS,
+    ),
+    Bug(
+        "attention: the next tile's codes in this tile's registers",
+        ATTENTION_MMA,
+        "T::kDeep ? other_keys : keys;",
+        "keys;",
+        PLANS,
+    ),
+    Bug(
+        "attention: the slot of another query",
+        ATTENTION_MMA,
+        "head_bytes<T>(args, range.slot, kv_head)",
+        "head_bytes<T>(args, place.query, kv_head)",
+        BATCH,
+    ),
+    Bug(
         "attention: one token too many",
         ATTENTION_TILE,
-        "if (token < count && head < args.cache.heads) {",
-        "if (token <= count && head < args.cache.heads) {",
-        BATCH,
+        "bool counts = slice_token(slice, place) < slice.count;",
+        "bool counts = slice_token(slice, place) <= slice.count;",
+        ("test_attention_decode.py", "more_than_one_fragment"),
     ),
     Bug(
         "attention: scale of the wrong token",
@@ -449,8 +479,8 @@ BUGS = (
     Bug(
         "attention: wrong query head of the group",
         ATTENTION_MMA,
-        "load_query<T, kRotate>(\n      args, query, int64_t{kv_head} * args.group",
-        "load_query<T, kRotate>(\n      args, query, int64_t{kv_head}",
+        "args, place.query, int64_t{kv_head} * args.group",
+        "args, place.query, int64_t{kv_head}",
         ATTENTION,
     ),
     Bug(
@@ -470,8 +500,29 @@ BUGS = (
     Bug(
         "combine: last head arrives one early",
         ATTENTION_DECODE,
-        "*arrived + 1 != static_cast<uint32_t>(args.p.heads)",
-        "*arrived + 2 != static_cast<uint32_t>(args.p.heads)",
+        "*work.arrived + 1 != static_cast<uint32_t>(args.p.heads)",
+        "*work.arrived + 2 != static_cast<uint32_t>(args.p.heads)",
         OUTPUT,
+    ),
+    Bug(
+        "combine: a piece without tokens is read",
+        ATTENTION_DECODE,
+        "piece * kAttentionTileTokens < length;",
+        "piece * kAttentionTileTokens <= length;",
+        ("test_attention_decode.py", "around_a_page"),
+    ),
+    Bug(
+        "combine: no barrier before the groups are added",
+        ATTENTION_DECODE,
+        "      shared.group_total[g] = total;\n    }\n    sync_block();\n",
+        "      shared.group_total[g] = total;\n    }\n",
+        ("test_attention_decode.py", "many_splits"),
+    ),
+    Bug(
+        "combine: groups taken by the wrong lanes",
+        ATTENTION_DECODE,
+        "for (int g = lane; g < groups; g += lanes) {",
+        "for (int g = lane; g < groups; g += lanes + 1) {",
+        ("test_attention_decode.py", "more_splits"),
     ),
 )
