@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.entries.linears import OWN_W8A8
+from benchmarks.qat_models import COMPOSED_GRADIENTS, FUSED
 from benchmarks.qat_slice import GRAPH
 from benchmarks.records import OURS, commits_of
 from llmqat.errors import DataError
@@ -146,7 +147,7 @@ def memory(bar: float, op: str, baseline: str) -> Reader:
 
 def _ours(figures: Mapping[str, Any]) -> str:
     """The fused form where it was measured."""
-    return "llmqat fused" if "llmqat fused" in figures else "llmqat"
+    return FUSED if FUSED in figures else "llmqat"
 
 
 def step(what: str, met: Callable[[float], bool], beside: str = "") -> Reader:
@@ -164,12 +165,16 @@ def step(what: str, met: Callable[[float], bool], beside: str = "") -> Reader:
                 continue
             ours = ratios[_ours(ratios)]
             launched = ours[what]
-            value = ours.get(what + GRAPH, launched)
+            shown_as = what + GRAPH if what + GRAPH in ours else what
+            value = ours[shown_as]
             notes = [name]
-            if what + GRAPH in ours:
+            if shown_as != what:
                 notes.append(f"launched from Python {launched:.2f}x")
             if beside in ours:
                 notes.append(f"{beside} {ours.get(beside + GRAPH, ours[beside]):.2f}x")
+            if shown_as in ratios.get(COMPOSED_GRADIENTS, {}):
+                other = ratios[COMPOSED_GRADIENTS][shown_as]
+                notes.append(f"gradients of dequantized codes by torch {other:.2f}x")
             shown.append(f"{value:.2f}x ({'; '.join(notes)})")
             worst = worst and met(value)
         return (", ".join(shown), worst) if shown else None

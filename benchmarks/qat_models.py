@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from transformers.models.llama import modeling_llama
 import llmqat
 import llmqat_kernels as qk
 from benchmarks.eager import PaperFakeQuantize, PublishedFakeQuantize
+from benchmarks.entries.linears import GRADIENTS
 from llmqat.models import compat
 from llmqat_kernels import nn as qnn
 
@@ -98,14 +100,30 @@ def make_llmqat(model: nn.Module, fused: bool) -> nn.Module:
     return llmqat.prepare(model, config, fused=fused)
 
 
-def candidates() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """What takes turns, and how each is made of a model without quantization."""
+@dataclass(frozen=True)
+class Candidate:
+    """What takes turns: how it is made of a model without quantization, and the operators that its
+    steps compose of others (`llmqat_kernels.use_composed`).
+    """
+
+    change: Callable[[nn.Module], nn.Module]
+    composed: tuple[str, ...] = ()
+
+
+FUSED = "llmqat fused"
+COMPOSED_GRADIENTS = f"{FUSED}, composed gradients"
+
+
+def candidates() -> dict[str, Candidate]:
+    """Everything that takes turns, by name."""
+    fused = partial(make_llmqat, fused=True)
     return {
-        "plain": lambda model: model,
-        "eager": lambda model: make_eager(model, PublishedFakeQuantize),
-        "eager, lean": lambda model: make_eager(model, PaperFakeQuantize),
-        "llmqat": lambda model: make_llmqat(model, fused=False),
-        "llmqat fused": lambda model: make_llmqat(model, fused=True),
+        "plain": Candidate(lambda model: model),
+        "eager": Candidate(partial(make_eager, quantizer=PublishedFakeQuantize)),
+        "eager, lean": Candidate(partial(make_eager, quantizer=PaperFakeQuantize)),
+        "llmqat": Candidate(partial(make_llmqat, fused=False)),
+        FUSED: Candidate(fused),
+        COMPOSED_GRADIENTS: Candidate(fused, GRADIENTS),
     }
 
 
@@ -162,11 +180,12 @@ class Step:
     def __init__(
         self,
         sizes: Model,
-        change: Callable[[nn.Module], nn.Module],
+        candidate: Candidate,
         teacher: nn.Module | None,
         device: torch.device,
     ) -> None:
-        self.student = change(sizes.build(device, seed=0).train())
+        self.student = candidate.change(sizes.build(device, seed=0).train())
+        self.composed = candidate.composed
         self.teacher = teacher
         # So small that every step does the same work on practically the same weights.
         self.optimizer = torch.optim.AdamW(
@@ -197,6 +216,10 @@ class Step:
 
     def run(self) -> Tensor:
         """A whole step; returns the loss without waiting for the device."""
+        with qk.use_composed(*self.composed):
+            return self._run()
+
+    def _run(self) -> Tensor:
         assert self.teacher is not None  # None: forwards only
         with torch.no_grad():
             wanted = last_hidden(self.teacher, self.ids)

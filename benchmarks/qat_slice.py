@@ -11,7 +11,8 @@ model of its own on the same data, teacher, loss (this package's) and optimizer:
 * plain: no quantization, SDPA;
 * eager: the paper's quantizers (Eq. 3) in plain torch operations on weights, inputs of linears, K
   and V, as they are commonly published (32 bytes a value forward, 14 backward), and lean (18, 0);
-* llmqat: `llmqat.prepare`, and with `fused` its fused norms, MLP and attention glue.
+* llmqat: `llmqat.prepare`, and with `fused` its fused norms, MLP and attention glue; with
+  `composed gradients` torch multiplies dequantized codes in the linears' backward.
 
 A step is teacher, student forward, loss, backward, AdamW; candidates take turns. Reported with and
 without activation checkpointing: seconds, on a GPU launched from Python and as one CUDA graph
@@ -50,7 +51,15 @@ import llmqat_kernels as qk
 from benchmarks import cells, cuda
 from benchmarks.cells import DeviceLost
 from benchmarks.entry import reason_of
-from benchmarks.qat_models import MODELS, SETTING, Model, Step, candidates, saved_bytes
+from benchmarks.qat_models import (
+    MODELS,
+    SETTING,
+    Candidate,
+    Model,
+    Step,
+    candidates,
+    saved_bytes,
+)
 from benchmarks.timing import interleaved, require_device, save, summary
 
 BARS = {"time over plain": 0.95, "eager over ours": 2.0, "saved over plain": 0.60}
@@ -100,13 +109,10 @@ def gate(losses: dict[str, float]) -> Failed:
 
 
 def first_step(
-    sizes: Model,
-    change: Callable[[nn.Module], nn.Module],
-    teacher: nn.Module,
-    device: torch.device,
+    sizes: Model, candidate: Candidate, teacher: nn.Module, device: torch.device
 ) -> tuple[Step, float]:
     """A candidate after a step, with activation checkpointing, and its loss."""
-    step = Step(sizes, change, teacher, device)
+    step = Step(sizes, candidate, teacher, device)
     step.checkpointing(True)
     return step, float(step.run())
 
@@ -121,9 +127,9 @@ def measure(
     teacher = sizes.build(device, seed=2).eval().requires_grad_(False)
     made = {
         key: attempt(
-            f"{name}, {key}", failed, device, partial(first_step, sizes, change, teacher, device)
+            f"{name}, {key}", failed, device, partial(first_step, sizes, made_by, teacher, device)
         )
-        for key, change in candidates().items()
+        for key, made_by in candidates().items()
     }
     losses = {key: found[1] for key, found in made.items() if found is not None}
     wrong = gate(losses)
@@ -195,18 +201,21 @@ def graph_seconds(
 def count_saved(
     name: str, device: torch.device, tokens: int | None, failed: Failed
 ) -> dict[str, Any] | None:
-    """Saved bytes of every candidate without checkpointing: forwards only, one model at a time;
-    None where those of the plain one or of all of ours are missing.
+    """Saved bytes of every candidate without checkpointing: forwards only, one model at a time, and
+    so without those whose backward alone differs; None where those of the plain one or of all of
+    ours are missing.
     """
     sizes = MODELS[name] if tokens is None else replace(MODELS[name], tokens=tokens)
 
-    def count(change: Callable[[nn.Module], nn.Module]) -> dict[str, int]:
-        step = Step(sizes, change, None, device)
+    def count(candidate: Candidate) -> dict[str, int]:
+        step = Step(sizes, candidate, None, device)
         return saved_bytes(step.student, step.forward)
 
     saved = {}
-    for key, change in candidates().items():
-        found = attempt(f"{name}, {key}", failed, device, partial(count, change))
+    for key, candidate in candidates().items():
+        if candidate.composed:
+            continue
+        found = attempt(f"{name}, {key}", failed, device, partial(count, candidate))
         if found is not None:
             saved[key] = found
         gc.collect()

@@ -15,7 +15,7 @@ import sys as _sys
 if "torch" not in _sys.modules:
     _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from .dispatch import Choice, choices, current_backend, use_backend
+from .dispatch import Choice, choices, current_backend, use_backend, use_composed
 from .errors import BackendUnavailable, InvalidArgument, InvalidArgumentType
 from .functional import (
     dequantize,
@@ -106,4 +106,5 @@ __all__ = [
     "silu_mul_quantize_train",
     "unpack_int4",
     "use_backend",
+    "use_composed",
 ]

@@ -33,6 +33,7 @@ BESIDE = {"cuda": ("triton",)}
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
 
 _requested = "auto"
+_as_composed: frozenset[str] = frozenset()
 
 
 LAYOUT_READERS = (
@@ -90,6 +91,43 @@ class use_backend:
     ) -> None:
         global _requested
         _requested = self._previous
+
+
+class use_composed:
+    """Compose operators of others even where the backend has a kernel of its own, from the call on;
+    as a context manager, until the block ends.
+
+    Outputs that the specification calls exact stay the same bits. The gradients of an integer
+    linear, ``qat_matmul_backward_input`` and ``qat_matmul_backward_weight``, then read a tensor of
+    dequantized codes by torch's product instead of codes by ours (for the time of the product).
+
+    Args:
+        ops: names of operators; none ends what was asked for before.
+
+    Raises:
+        InvalidArgument: an operator that is not composed of others anywhere.
+    """
+
+    def __init__(self, *ops: str) -> None:
+        if unknown := sorted(set(ops) - COMPOSITES.keys()):
+            raise InvalidArgument(
+                f"ops: {', '.join(unknown)} cannot be composed; choose of"
+                f" {', '.join(sorted(COMPOSITES))}"
+            )
+        global _as_composed
+        self._previous, _as_composed = _as_composed, frozenset(ops)
+
+    def __enter__(self) -> use_composed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _as_composed
+        _as_composed = self._previous
 
 
 def current_backend() -> str:
@@ -158,11 +196,15 @@ def _announce_beside(op: str, requested: str, backend: str) -> None:
         )  # fmt: skip
 
 
-@cache
 def resolve(op: str, device_type: str, requested: str) -> Choice:
     """The backend for ``op`` on ``device_type`` under the request; announced once when it is a
     fallback.
     """
+    return _resolved(op, device_type, requested, op in _as_composed)
+
+
+@cache
+def _resolved(op: str, device_type: str, requested: str, composed: bool) -> Choice:
     candidates = _candidates(device_type, requested)
     if op in LAYOUT_READERS:
         writer = resolve("repack_weight", device_type, requested).backend
@@ -178,7 +220,7 @@ def resolve(op: str, device_type: str, requested: str) -> Choice:
     reasons = []
     for backend in candidates:
         kernel, reason = _own_kernel(backend, op)
-        if kernel is not None:
+        if kernel is not None and not composed:
             if requested not in ("auto", backend):
                 _announce_beside(op, requested, backend)
             return Choice(op, device_type, backend, reason, kernel)

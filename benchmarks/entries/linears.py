@@ -33,6 +33,9 @@ from llmqat_kernels.testing import assert_same_bits
 ops = torch.ops.llmqat
 FLOATS = (torch.float32, torch.bfloat16)
 BF16 = (torch.bfloat16,)
+GRADIENTS = ("qat_matmul_backward_input", "qat_matmul_backward_weight")
+"""Operators for which `llmqat_kernels.use_composed` is a real alternative: torch's product reads
+2 bytes for each of ours, and may be faster by more than that costs."""
 SMOL, LLAMA = {"N": 1536, "K": 576}, {"N": 11008, "K": 4096}
 SERVED = tuple(
     Shape(model, {"M": rows, **sizes})
@@ -258,9 +261,15 @@ def _trained(shared: bool) -> Callable[..., Job]:
             ),
             "fused fake_quantize + F.linear": step(fused),
         }
+
+        def composed() -> tuple[Tensor, Tensor, Tensor]:
+            with qk.use_composed(*GRADIENTS):
+                return call()
+
         if device.type == "cuda":
             name = f"F.linear {short(dtype)}, not quantized"
             baselines[name] = step(lambda: F.linear(x, weight))
+            baselines["gradients of dequantized codes by torch"] = composed
         if shared:
             a, a_scale = qk.quantize(x.detach(), 8)
             codes, scale = qk.quantize(weight.detach(), 4, scale_dtype=torch.bfloat16)

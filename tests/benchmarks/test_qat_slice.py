@@ -66,9 +66,10 @@ def test_a_shared_storage_counts_once():
 
 
 def test_counting_alone_gives_the_same_bytes(tiny):
-    found = qat_slice.count_saved("tiny", CPU, None, {})
-    assert found["saved_bytes"] == tiny["no checkpointing"]["saved_bytes"]
-    assert found["saved_over_plain"]["plain"] == 1.0
+    found = qat_slice.count_saved("tiny", CPU, None, {})["saved_bytes"]
+    measured = dict(tiny["no checkpointing"]["saved_bytes"])
+    same_forward = measured.pop(qat_models.COMPOSED_GRADIENTS)
+    assert found == measured and same_forward == found[qat_models.FUSED]
 
 
 def test_the_eager_model_quantizes_linears_keys_and_values():
@@ -105,7 +106,8 @@ def break_candidate(monkeypatch, name):
     def broken(model):
         raise RuntimeError("CUDA out of memory\nmore")
 
-    monkeypatch.setattr(qat_slice, "candidates", lambda: real | {name: broken})
+    every = real | {name: qat_models.Candidate(broken)}
+    monkeypatch.setattr(qat_slice, "candidates", lambda: every)
 
 
 def test_a_candidate_that_raises_is_named_and_the_others_are_timed(monkeypatch, saved_here, capsys):
@@ -115,8 +117,10 @@ def test_a_candidate_that_raises_is_named_and_the_others_are_timed(monkeypatch, 
     step = json.loads((saved_here / "qat_slice_cpu.json").read_text())
     assert step["failed"] == {"tiny, llmqat fused": "RuntimeError: CUDA out of memory"}
     ratios = step["models"]["tiny"]["checkpointing"]["ratios"]
-    assert set(ratios) == {"llmqat"}
-    assert set(step["models"]["tiny"]["loss"]) == {"plain", "eager", "eager, lean", "llmqat"}
+    other = qat_models.COMPOSED_GRADIENTS
+    assert set(ratios) == {"llmqat", other}
+    losses = set(step["models"]["tiny"]["loss"])
+    assert losses == {"plain", "eager", "eager, lean", "llmqat", other}
 
 
 @pytest.mark.parametrize("name", ["plain", "eager", "llmqat"])

@@ -18,6 +18,7 @@ NEAR = 2e-3
 @flow("plain", candidate="plain")
 @flow("prepared", candidate="llmqat")
 @flow("fused", candidate="llmqat fused")
+@flow("composed gradients", candidate=qat_models.COMPOSED_GRADIENTS)
 def step_graph(place, candidate):
     """Replays of a captured step train as launched steps do: weights are quantized anew in each."""
     with place.device():

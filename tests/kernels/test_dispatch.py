@@ -39,6 +39,24 @@ def test_use_backend_restores():
     assert qk.current_backend() == before
 
 
+def test_a_composed_operator_ends_with_the_block():
+    op = "pack_int4"
+    with qk.use_backend("cpu") if native.is_available() else qk.use_backend("auto"):
+        kernel = dispatch.resolve(op, "cpu", qk.current_backend()).kernel
+        with qk.use_composed(op):
+            inside = dispatch.resolve(op, "cpu", qk.current_backend()).kernel
+            with qk.use_composed():
+                assert dispatch.resolve(op, "cpu", qk.current_backend()).kernel is kernel
+        assert dispatch.resolve(op, "cpu", qk.current_backend()).kernel is kernel
+    assert not native.is_available() or inside is COMPOSITES[op] is not kernel
+
+
+def test_what_cannot_be_composed_is_an_error():
+    with pytest.raises(qk.InvalidArgument, match=r"ops: quantize cannot be composed; choose of"):
+        qk.use_composed("quantize", "qat_matmul")
+    assert dispatch._as_composed == frozenset()
+
+
 def test_unknown_backend():
     with pytest.raises(qk.InvalidArgument, match="backend"):
         qk.use_backend("tpu")
@@ -58,10 +76,10 @@ def test_a_backend_of_another_device_is_an_error():
 
 def test_triton_needs_the_interpreter_for_cpu_tensors(monkeypatch):
     monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     with pytest.raises(qk.BackendUnavailable, match="'triton' cannot run quantize on cpu"):
         dispatch.resolve("quantize", "cpu", "triton")
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
 
 
 def test_triton_that_is_not_installed_is_an_error_when_named(monkeypatch):
@@ -73,9 +91,9 @@ def test_triton_that_is_not_installed_is_an_error_when_named(monkeypatch):
 def test_auto_never_interprets_on_cuda(monkeypatch):
     monkeypatch.setattr(triton, "why_not", lambda: "")
     monkeypatch.setattr(triton, "devices", lambda: ("cpu",))
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     assert dispatch.resolve("silu_mul", "cuda", "auto").backend == "reference"
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
 
 
 def test_auto_prefers_triton_on_cuda(monkeypatch):
@@ -83,9 +101,9 @@ def test_auto_prefers_triton_on_cuda(monkeypatch):
     monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
     monkeypatch.setattr(native, "is_available", lambda: False)
     monkeypatch.setattr(native, "why_not", lambda: "not built")
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     choices = {op: dispatch.resolve(op, "cuda", "auto") for op in SCHEMAS}
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     assert {choice.backend for choice in choices.values()} == {"triton"}
     for op, choice in choices.items():
         if op not in triton.kernels():
@@ -97,12 +115,12 @@ def test_auto_reads_pages_where_there_is_a_kernel_for_them(monkeypatch):
         pytest.skip("built without CUDA")
     monkeypatch.setattr(triton, "why_not", lambda: "")
     monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     chosen = {
         op: dispatch.resolve(op, "cuda", "auto").backend
         for op in ("attention_decode", "attention_decode_paged", "rope_quantize_append_paged")
     }
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     assert list(chosen.values()) == ["triton", "cuda", "cuda"]
 
 
@@ -112,11 +130,11 @@ def test_the_reader_of_a_layout_is_its_writer(monkeypatch):
     monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
     monkeypatch.setattr(native, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "_own_kernel", _every_kernel_but_triton_s_readers)
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     backends = {dispatch.resolve(op, "cuda", "auto").backend for op in dispatch.LAYOUT_READERS}
     assert dispatch.resolve("repack_weight", "cuda", "auto").backend == "triton"
     named = {dispatch.resolve(op, "cuda", "cuda").backend for op in dispatch.LAYOUT_READERS}
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     assert (backends, named) == ({"triton"}, {"cuda"})
 
 
@@ -126,14 +144,14 @@ def _every_kernel_but_triton_s_readers(backend, op):
 
 
 def test_auto_announces_a_fallback_once(monkeypatch, caplog):
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     monkeypatch.setattr(native, "is_available", lambda: False)
     monkeypatch.setattr(native, "why_not", lambda: "the library is not built")
     monkeypatch.setattr(dispatch, "_announced", set())
     for op in ("quantize", "dequantize"):
         assert dispatch.resolve(op, "cpu", "auto").backend == "reference"
     assert len(caplog.records) == 1 and "not built" in caplog.text
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
 
 
 def test_reference_ignores_autocast(backend):

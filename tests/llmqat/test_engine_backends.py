@@ -22,9 +22,9 @@ def cuda_machine(monkeypatch):
     monkeypatch.setattr(triton, "why_not", lambda: "")
     monkeypatch.setattr(triton, "devices", lambda: ("cuda",))
     monkeypatch.setattr(dispatch, "_announced", set())
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
     yield
-    dispatch.resolve.cache_clear()
+    dispatch._resolved.cache_clear()
 
 
 @pytest.mark.parametrize(("backend", "native_ones"), [("auto", CUDA_ONLY), ("cuda", CUDA_FIRST)])

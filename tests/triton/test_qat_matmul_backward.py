@@ -1,5 +1,7 @@
 """Gradients of the integer linears: the ratio rule against plain torch of the same dtype."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -81,6 +83,23 @@ def test_every_tile_is_right(dtype):
                     plain = spec.qat_matmul_backward_weight(grad, a, a_scale, dtype)
                     exact = exact_weight(grad, a, a_scale)
             assert_within_ratio(got, plain, exact, ratio=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_composed_of_dequantize_and_a_product(dtype):
+    """What `use_composed` asks for instead of the kernels, to the same rule."""
+    grad = torch.randn(70, 96, generator=generator(1)).to(dtype)
+    w, scale = qk.quantize(torch.randn(96, 130, generator=generator(2)), 4)
+    a, a_scale = qk.quantize(torch.randn(70, 130, generator=generator(3)), 8)
+    own = mock.patch.object(qat_matmul_backward, "launch")
+    with qk.use_composed(*qat_matmul_backward.KERNELS), own as launched:
+        dx = run("qat_matmul_backward_input", grad, w, scale, -1)
+        dw = run("qat_matmul_backward_weight", grad, a, a_scale, dtype)
+    launched.assert_not_called()
+    plain = spec.qat_matmul_backward_input(grad, w, scale, -1)
+    assert_within_ratio(dx, plain, exact_input(grad, w, scale, -1), ratio=3)
+    plain = spec.qat_matmul_backward_weight(grad, a, a_scale, dtype)
+    assert_within_ratio(dw, plain, exact_weight(grad, a, a_scale), ratio=3)
 
 
 def test_integers_are_exact():
